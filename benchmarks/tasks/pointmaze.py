@@ -35,6 +35,7 @@ MAPS = {
 MAX_STEPS = {"umaze": 40, "medium": 60, "large": 90}  # decisions: over twice what a direct drive takes
 DATASET_SIZE = {"umaze": 20_000, "medium": 40_000, "large": 80_000}  # transitions
 ENV_IDS = tuple(f"pointmaze-{name}-v0" for name in MAPS)
+GOAL_PROBABILITY = 0.15  # of heading for the task's goal rather than for a random cell
 PUSH_PROBABILITY = 0.25  # of pushing on in a random direction for a while, at a waypoint: how the data meets the walls
 SUBSTEPS = 15  # simulation steps of 0.01 s per decision: a short horizon is what makes this task learnable in minutes
 
@@ -131,7 +132,8 @@ def collect(env_id: str, size: int, seed: int) -> Dataset:
                 if pushes_left == 0 and waypoint is None:
                     if not route:
                         cell = tuple(int(i) for i in maze.cell_xy_to_rowcol(obs[:2]))
-                        route = _random_route(rng, free, cell, free[rng.integers(len(free))]) or [cell]
+                        target = goal_cell if rng.random() < GOAL_PROBABILITY else free[rng.integers(len(free))]
+                        route = _random_route(rng, free, cell, target) or [cell]
                     waypoint = maze.cell_rowcol_to_xy(np.array(route.pop(0))) + rng.uniform(-0.25, 0.25, 2)
                 if pushes_left > 0:
                     action, pushes_left = push, pushes_left - 1

@@ -1,0 +1,448 @@
+"""How fast a script's phases are, how much memory they take, and how near they come to the machine's float32 peak.
+
+    python benchmarks/speed.py --case antmaze                            # the paper's AntMaze sizes, random data
+    python benchmarks/speed.py --case all --seconds 30 --json speed.json
+    python benchmarks/speed.py --preset kitchen --obs-dim 59 --action-dim 9 --device cuda
+
+The peak is measured in the same run, between the phases: the best rate of square float32 `torch.mm`s, since a shared
+machine's peak changes by the minute. Where "cpu use" (CPU time over time and threads) is far below 1 on a CPU, something
+else was running, and the share of the peak is too low by as much: the peak is a best of short products, which escape it.
+GFLOP counts what the mathematics needs and nothing that is computed twice, so a script gains nothing by doing work that
+it could leave out. Every case is a process of its own: its peak memory and its time to the first update, imports
+included, are those of that case alone.
+
+A script can be measured if it has the functions and classes in NEEDED, with parl_diffusion_calql.py's arguments.
+"""
+
+import time
+
+START = time.perf_counter()  # before the imports: they are part of the time to the first update
+
+import copy  # noqa: E402
+import functools  # noqa: E402
+import importlib  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import pathlib  # noqa: E402
+import platform  # noqa: E402
+import resource  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROWS, EPISODE = 20_000, 100  # random data: transitions, and how many a trajectory has
+TIME_DIM = 128  # the policy's time features, DiffusionPolicy's default
+RELEASE_GFLOPS = 160.0  # float32 peak of the machine on which the release's times below were taken
+NEEDED = (
+    "Args", "PRESETS", "ReplayBuffer", "DiffusionPolicy", "Critic", "policy_update", "critic_update", "distill",
+    "refresh_candidates", "optimize", "select_actions",
+)  # fmt: skip
+
+ANTMAZE = dict(
+    ensemble_size=10, critic_hidden=(256, 256, 256, 256), batch_size=256, num_samples=32, num_keep=10,
+    num_gradient_steps=10, policy_hidden=256, policy_blocks=3,
+)  # fmt: skip
+# preset, sizes, fields of the script's Args set on top; batches of cloning ((): the preset's); the release's seconds
+CASES: dict[str, dict] = {
+    "antmaze": dict(
+        preset="antmaze", obs_dim=29, action_dim=8, fields=ANTMAZE, cloning=(256, 1024),
+        release={"offline critic update": 7.5, "cloning, batch 256": 0.022},
+    ),
+    "small-critic": dict(
+        preset="antmaze", obs_dim=29, action_dim=8, fields=ANTMAZE | dict(ensemble_size=2, critic_hidden=(256, 256)),
+        cloning=(256, 1024), release={"offline critic update": 1.9, "cloning, batch 256": 0.022},
+    ),
+    "quickstart": dict(preset="pointmaze", obs_dim=4, action_dim=2, fields={}, cloning=(), release={}),
+    "kitchen": dict(preset="kitchen", obs_dim=59, action_dim=9, fields={}, cloning=(), release={}),
+}  # fmt: skip
+
+
+@dataclass
+class Options:
+    """Updates per second of each phase of a script, its memory, and its share of the machine's float32 peak."""
+
+    script: str = "parl_diffusion_calql"  # a script of this repository, by name
+    case: str = ""  # antmaze, small-critic, quickstart, kitchen or all; antmaze unless --preset is given
+    preset: str = ""  # instead of a case: one of the script's presets, with --obs-dim and --action-dim
+    obs_dim: int = 0  # with --preset: numbers in an observation
+    action_dim: int = 0  # with --preset: numbers in an action
+    device: str = "auto"  # auto: the GPU if there is one
+    threads: int = 0  # CPU threads, 0: all cores this process may use
+    seconds: float = 10.0  # measuring time of each phase; at least three repetitions are made whatever they take
+    json: str = ""  # write the measurements to this file as well
+
+
+# --- THE WORK THAT IS NEEDED, in floating-point operations: 2 per multiply-add of the matrix products ---
+
+
+def critic_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int]:
+    """One member's forward pass: first layer's observation part (per state), its action part, the rest (per action)."""
+    hidden, bins = args.critic_hidden, args.num_bins if args.critic_loss == "hl_gauss" else 1
+    rest = sum(i * o for i, o in zip(hidden, (*hidden[1:], bins)))
+    return 2 * obs_dim * hidden[0], 2 * action_dim * hidden[0], 2 * rest
+
+
+def optimize_flops(args, obs_dim: int, action_dim: int, states: int) -> int:
+    """Algorithm 1 on so many states: rank k samples, then T gradient steps on the m kept, all members.
+
+    A kept action takes T + 1 forward passes and, as the last point needs no gradient, T backward passes with respect to
+    the action, each of as many multiply-adds as a forward pass.
+    """
+    obs, action, rest = critic_layers(args, obs_dim, action_dim)
+    steps = args.num_gradient_steps
+    passes = args.num_samples + args.num_keep * (2 * steps + 1 if steps else 0)
+    return states * args.ensemble_size * (obs + passes * (action + rest))
+
+
+def critic_update_flops(args, obs_dim: int, action_dim: int) -> int:
+    """One critic update: optimize at s and s', value at s', loss and its gradient with respect to the parameters.
+
+    A backward pass is two forward passes (inputs and weights), in the first layer one (weights alone). The
+    observation's part of the first layer at s was evaluated when optimizing: its weights' gradient is left.
+
+    AntMaze comes to 0.586 TFLOP. Of that 0.498 are the gradient steps, 0.076 the ranking, 0.012 the loss. A count of
+    0.62 is had by sending the penalty's actions through all ten members; it needs only the two drawn for it.
+    """
+    obs, action, rest = critic_layers(args, obs_dim, action_dim)
+    B, E, subset = args.batch_size, args.ensemble_size, args.target_subset
+    target = B * subset * (obs + action + rest)
+    data = B * E * (obs + 2 * action + 3 * rest)
+    penalty = B * subset * (args.cql_actions + 2) * (2 * action + 3 * rest)  # random ones, and one each from s and s'
+    return optimize_flops(args, obs_dim, action_dim, 2 * B) + target + data + penalty
+
+
+def policy_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int, int]:
+    """One forward pass: time's part (per denoising step), observation's (per state), action's and the rest (per sample)."""
+    width = args.policy_hidden
+    time_part = 2 * (TIME_DIM * 2 * TIME_DIM + 2 * TIME_DIM * TIME_DIM + TIME_DIM * width)
+    rest = 2 * (args.policy_blocks * 2 * width * 4 * width + width * action_dim)
+    return time_part, 2 * obs_dim * width, 2 * action_dim * width, rest
+
+
+def sampling_flops(args, obs_dim: int, action_dim: int, states: int, samples: int) -> int:
+    """The denoising chain of so many samples at so many states."""
+    time_part, obs, action, rest = policy_layers(args, obs_dim, action_dim)
+    return args.diffusion_steps * time_part + states * (obs + samples * args.diffusion_steps * (action + rest))
+
+
+def policy_update_flops(args, obs_dim: int, action_dim: int, batch: int) -> int:
+    """One cloning or distilling update: three forward passes, two for the parts of layer one whose input is data.
+
+    The time features have as many different values as there are denoising steps, so those are all that is needed.
+    """
+    time_part, obs, action, rest = policy_layers(args, obs_dim, action_dim)
+    return 3 * min(args.diffusion_steps, batch) * time_part + batch * (2 * obs + 2 * action + 3 * rest)
+
+
+def online_flops(args, obs_dim: int, action_dim: int, num_distill: int, num_critic: int, num_states: int) -> int:
+    """Distilling and critic updates of one round, each after drawing candidates at the distinct ones of its states."""
+    states = distinct(num_distill * args.batch_size, num_states) + distinct(2 * num_critic * args.batch_size, num_states)
+    distilling = optimize_flops(args, obs_dim, action_dim, args.batch_size)
+    distilling += policy_update_flops(args, obs_dim, action_dim, args.batch_size)
+    critic = critic_update_flops(args, obs_dim, action_dim)
+    return sampling_flops(args, obs_dim, action_dim, states, args.num_samples) + num_distill * distilling + num_critic * critic
+
+
+def distinct(draws: int, population: int) -> int:
+    """How many different ones are expected among so many uniform draws."""
+    return round(population * (1 - (1 - 1 / population) ** draws))
+
+
+# --- WHAT IS MEASURED ---
+
+
+def random_dataset(obs_dim: int, action_dim: int):
+    """ROWS transitions of noise in trajectories of EPISODE rows; a reward of 1 in one row of a hundred."""
+    from benchmarks.tasks.dataset import Dataset
+
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((ROWS // EPISODE, EPISODE + 1, obs_dim), dtype=np.float32)
+    return Dataset(
+        observations=states[:, :-1].reshape(ROWS, obs_dim), next_observations=states[:, 1:].reshape(ROWS, obs_dim),
+        actions=rng.uniform(-1, 1, (ROWS, action_dim)).astype(np.float32),
+        rewards=(rng.random(ROWS) < 0.01).astype(np.float32),
+        terminals=np.zeros(ROWS, bool), timeouts=np.arange(1, ROWS + 1) % EPISODE == 0, source="random",
+    )  # fmt: skip
+
+
+def build(script, args, obs_dim: int, action_dim: int, device) -> SimpleNamespace:
+    """Buffer, networks and optimizers as the script's main() builds them; candidates are uniform noise."""
+    dataset = random_dataset(obs_dim, action_dim)
+    buffer = script.ReplayBuffer(dataset, dataset.actions, args, device)
+    policy = script.DiffusionPolicy(
+        obs_dim, action_dim, args.diffusion_steps, args.policy_hidden, args.policy_blocks, dropout=args.policy_dropout
+    ).to(device)
+    num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
+    critic = script.Critic(obs_dim, action_dim, args.critic_hidden, args.ensemble_size, num_bins, q_min).to(device)
+    return SimpleNamespace(
+        buffer=buffer, policy=policy, ema_policy=copy.deepcopy(policy).requires_grad_(False).eval(),
+        critic=critic, target_critic=copy.deepcopy(critic).requires_grad_(False),
+        policy_optimizer=torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True),
+        critic_optimizer=torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True),
+        candidates=torch.rand(len(buffer.states), args.num_samples, action_dim, device=device) * 2 - 1,
+    )  # fmt: skip
+
+
+def critic_step(script, net, args, rows) -> None:
+    script.critic_update(net.critic, net.target_critic, net.critic_optimizer, net.buffer, net.candidates, rows, args)
+
+
+def clone_step(script, net, args, batch: int) -> None:
+    buffer = net.buffer
+    rows = torch.randint(len(buffer), (batch,), device=buffer.actions.device)
+    obs, actions = buffer.states[buffer.obs_index[rows]], buffer.actions[rows]
+    script.policy_update(net.policy, net.ema_policy, net.policy_optimizer, obs, actions, args.policy_ema)
+
+
+def online_round(script, net, args, num_distill: int, num_critic: int) -> None:
+    """What main() does after an episode: distill, refresh the states of the coming critic updates, and update."""
+    buffer = net.buffer
+    net.candidates = script.distill(
+        net.policy, net.ema_policy, net.policy_optimizer, net.critic, buffer, net.candidates, num_distill,
+        args.greedy_rollouts, args,
+    )[0]  # fmt: skip
+    index = buffer.sample_index((num_critic, args.batch_size))
+    states = torch.cat([buffer.obs_index[index], buffer.next_index[index]]).unique()
+    net.candidates = script.refresh_candidates(net.ema_policy, buffer, net.candidates, states, args.num_samples)
+    for rows in index:
+        critic_step(script, net, args, rows)
+
+
+def act(script, net, args, obs) -> torch.Tensor:
+    """What main() does at each environment step: obs (1, O) -> (1, A)."""
+    actions, q = script.optimize(net.critic, obs, net.ema_policy.sample(obs, args.num_samples), args)
+    return script.select_actions(actions, q, args.greedy_rollouts)
+
+
+def phases(script, net, args, sizes: tuple[int, int], cloning: tuple[int, ...], steps: int):
+    """Yields (name, what is counted, how many of it a call does, floating-point operations of a call, the call).
+
+    sizes: numbers in an observation and in an action; cloning: batch sizes; steps: environment steps of an online round.
+    """
+    for batch in cloning:
+        yield (f"cloning, batch {batch}", "update", 1, policy_update_flops(args, *sizes, batch),
+               lambda batch=batch: clone_step(script, net, args, batch))  # fmt: skip
+    cached = torch.arange(256 if net.buffer.states.device.type == "cpu" else 4096, device=net.buffer.states.device)
+    yield ("caching", "state", len(cached), sampling_flops(args, *sizes, len(cached), args.num_samples),
+           lambda: script.refresh_candidates(net.ema_policy, net.buffer, net.candidates, cached, args.num_samples))  # fmt: skip
+    yield ("offline critic update", "update", 1, critic_update_flops(args, *sizes),
+           lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0]))  # fmt: skip
+    num_distill, num_critic = max(1, round(steps * args.distill_ratio)), max(1, round(steps * args.utd))
+    yield ("online: distill + critic", "env step", steps,
+           online_flops(args, *sizes, num_distill, num_critic, len(net.buffer.states)),
+           lambda: online_round(script, net, args, num_distill, num_critic))  # fmt: skip
+    decision = sampling_flops(args, *sizes, 1, args.num_samples) + optimize_flops(args, *sizes, 1)
+    yield "online: acting", "decision", 1, decision, lambda: act(script, net, args, net.buffer.states[:1])
+
+
+# --- MEASURING ---
+
+
+def timed(function, device) -> float:
+    """Seconds of one call, the device's queue empty before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def repeat(function, seconds: float, device) -> list[float]:
+    """Seconds per call, of at least three repetitions after a warm-up; a repetition is calls enough for 0.05 s."""
+    warm_up = [timed(function, device)]
+    while sum(warm_up) < min(0.5, seconds) and len(warm_up) < 20:
+        warm_up.append(timed(function, device))
+    calls, times = max(1, round(0.05 / min(warm_up))), []
+    while len(times) < 3 or sum(times) * calls < seconds:
+        times.append(timed(lambda: [function() for _ in range(calls)], device) / calls)
+    return times
+
+
+def peak_gflops(seconds: float, device) -> float:
+    """Best of float32 matrix products, in GFLOP/s: 1024 and 2048 square on a CPU, 8192 on a GPU, so long for each size."""
+    best = 0.0
+    for n in (8192,) if device.type == "cuda" else (1024, 2048):
+        product = functools.partial(torch.mm, *torch.rand(2, n, n, device=device), out=torch.empty(n, n, device=device))
+        times = [timed(product, device), timed(product, device)]
+        while sum(times) < seconds:
+            times.append(timed(product, device))
+        best = max(best, 2 * n**3 / min(times) / 1e9)
+    return best
+
+
+def peak_memory(device) -> float:
+    """GB: on a GPU, of tensors since the last reset; on a CPU, of the whole process so far (0.05 are peak_gflops's)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def measure(options: Options, case: dict, device) -> dict:
+    """All phases of one case."""
+    script = load_script(options.script)
+    if case["preset"] not in script.PRESETS:
+        fail(f"{options.script} has no preset {case['preset']!r}; it has {', '.join(script.PRESETS)}")
+    args = script.Args(**script.PRESETS[case["preset"]] | case["fields"] | {"preset": case["preset"], "device": str(device)})
+    sizes = case["obs_dim"], case["action_dim"]
+    torch.manual_seed(0)
+    net = build(script, args, *sizes, device)
+    timed(lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0]), device)
+    result = {"first_update_seconds": time.perf_counter() - START, "peak_memory_gb": peak_memory(device), "phases": []}
+
+    cloning = case["cloning"] or (args.cloning_batch_size,)
+    result["load_before"] = os.getloadavg()[0]
+    peaks = [peak_gflops(min(0.5, options.seconds), device)]
+    # Environment steps of an online round: 8 if that takes no longer than asked for. An episode has more, but with more
+    # its updates would share states of the random data, as they seldom do in a real one's.
+    round_of_8 = online_flops(args, *sizes, 8, 8, len(net.buffer.states)) / 1e9 / peaks[0]
+    steps = 8 if 3 * round_of_8 < options.seconds else 1
+    for name, unit, count, flops, call in phases(script, net, args, sizes, cloning, steps):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        times = [seconds / count for seconds in repeat(call, options.seconds, device)]
+        cpu_use = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
+        result["peak_memory_gb"] = max(result["peak_memory_gb"], peak_memory(device))
+        peaks.append(peak_gflops(min(0.5, options.seconds), device))
+        result["phases"].append({"phase": name, "unit": unit, "seconds": statistics.median(times),
+                                 "gflop": flops / count / 1e9, "cpu_use": cpu_use, "repetitions": times})  # fmt: skip
+    peak = statistics.median(peaks)
+    for phase in result["phases"]:
+        phase["share_of_peak"] = phase["gflop"] / phase["seconds"] / peak
+        if phase["phase"] in case["release"]:
+            release = case["release"][phase["phase"]] * RELEASE_GFLOPS
+            phase["times_the_release"] = release / (phase["seconds"] * peak)
+    return result | {"peak_gflops": peak, "peaks": peaks, "load_after": os.getloadavg()[0]}
+
+
+# --- TELLING ---
+
+
+def machine(options: Options, device) -> dict:
+    """What it ran on."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {"cpu": cpu, "gpu": gpu, "cores": cores(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def print_result(result: dict) -> None:
+    """The table of one case."""
+    m, peaks = result["machine"], result["peaks"]
+    print(f"\n{result['script']}, {result['case']}: preset {result['preset']}, observation {result['obs_dim']}, "
+          f"action {result['action_dim']}, random data")  # fmt: skip
+    print(f"{'':25}{'one':>9}{'median':>10}{'fastest':>10}{'per second':>12}{'GFLOP':>9}{'of peak':>9}{'cpu use':>9}")
+    for p in result["phases"]:
+        times = [f"{t:.2f} s" if t >= 1 else f"{1e3 * t:.3g} ms" for t in (p["seconds"], min(p["repetitions"]))]
+        release = f"   {p['times_the_release']:.2f} times the release at the same peak" if "times_the_release" in p else ""
+        print(f"{p['phase']:25}{p['unit']:>9}{times[0]:>10}{times[1]:>10}{1 / p['seconds']:12.4g}{p['gflop']:9.4g}"
+              f"{p['share_of_peak']:9.0%}{p['cpu_use']:9.0%}{release}")  # fmt: skip
+    print(f"time to the first update {result['first_update_seconds']:.1f} s (imports, networks, one critic update); "
+          f"peak memory {result['peak_memory_gb']:.2f} GB")  # fmt: skip
+    print(f"peak of float32 torch.mm {result['peak_gflops']:.0f} GFLOP/s: median of {len(peaks)}, from {min(peaks):.0f} to "
+          f"{max(peaks):.0f}; load average {result['load_before']:.1f} before, {result['load_after']:.1f} after")  # fmt: skip
+    gpu = f"{m['gpu']}, " if m["gpu"] else ""
+    print(f"{gpu}{m['cpu']}, {m['cores']} cores, {m['threads']} threads, torch {m['torch']}", flush=True)
+
+
+# --- COMMAND LINE ---
+
+
+def fail(message: str):
+    """End the program with one line."""
+    raise SystemExit(f"error: {message}")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def load_script(name: str):
+    """The script as a module: a file of this repository named without its `.py`, or a path from its root."""
+    name = name.removesuffix(".py")
+    if not (ROOT / f"{name}.py").is_file():
+        fail(f"no script {name}.py in {ROOT}; there is {', '.join(sorted(path.stem for path in ROOT.glob('parl_*.py')))}")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    script = importlib.import_module(name.replace("/", "."))
+    missing = [needed for needed in NEEDED if not hasattr(script, needed)]
+    if missing:
+        fail(f"{name}.py cannot be measured: it has no {', '.join(missing)}")
+    return script
+
+
+def check_options(options: Options) -> torch.device:
+    """Refuse what cannot be measured; returns the device."""
+    if options.case and options.preset:
+        fail("give --case or --preset, not both")
+    if options.case not in ("", "all", *CASES):
+        fail(f"unknown --case {options.case!r}; there are {', '.join(CASES)} and all")
+    if options.preset and (options.obs_dim < 1 or options.action_dim < 1):
+        fail(f"--preset {options.preset} needs --obs-dim and --action-dim, both at least 1")
+    if not options.preset and (options.obs_dim or options.action_dim):
+        fail("--obs-dim and --action-dim go with --preset; a case has its own")
+    if not 0 <= options.threads <= cores():
+        fail(f"--threads {options.threads} must lie between 1 and the {cores()} cores there are, or be 0 for all of them")
+    if not 0 < options.seconds < float("inf"):
+        fail(f"--seconds {options.seconds} must be positive and finite")
+    if options.json and not pathlib.Path(options.json).absolute().parent.is_dir():
+        fail(f"--json {options.json}: there is no folder {pathlib.Path(options.json).absolute().parent}")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        fail(f"--device {options.device} cannot be used: {str(error).splitlines()[0]}")
+    if torch.device(device).type not in ("cpu", "cuda"):
+        fail(f"--device {options.device}: only cpu and cuda are measured")
+    return torch.device(device)
+
+
+def run_all(options: Options) -> list[dict]:
+    """Every case, each in a process of its own."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CASES:
+            file = pathlib.Path(folder) / f"{name}.json"
+            flags = ["--script", options.script, "--case", name, "--device", options.device, "--json", str(file),
+                     "--threads", str(options.threads), "--seconds", str(options.seconds)]  # fmt: skip
+            code = subprocess.run([sys.executable, __file__, *flags]).returncode
+            if code:
+                raise SystemExit(code)
+            results += json.loads(file.read_text())
+    return results
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    device = check_options(options)
+    if options.case == "all":
+        results = run_all(options)
+    else:
+        torch.set_num_threads(options.threads or cores())
+        name = options.case or ("" if options.preset else "antmaze")
+        fields = ("preset", "obs_dim", "action_dim")
+        own = {key: getattr(options, key) for key in fields} | dict(fields={}, cloning=(), release={})
+        case = CASES[name] if name else own
+        about = {"script": options.script, "case": name or "own sizes", "machine": machine(options, device)}
+        results = [about | {key: case[key] for key in fields} | measure(options, case, device)]
+        print_result(results[0])
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Blocks that stand in several scripts are the same text in each: the copies are the point, and this keeps them honest."""
+
+import itertools
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = (
+    "DIFFUSION POLICY", "CRITIC", "ACTION OPTIMIZATION", "DATA", "ACTING AND EVALUATING",
+    "RUN: METRICS, CHECKPOINTS, STOPPING", "SUMMARY",
+)  # fmt: skip
+
+
+def sections(source: str) -> dict[str, str]:
+    """The text under each `# --- NAME ---` line."""
+    parts = re.split(r"^# --- (.+) ---$", source, flags=re.MULTILINE)
+    return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2])}
+
+
+def drifted(sources: dict[str, str]) -> list[tuple[str, str, str]]:
+    """(section, one script, another) for every shared section that both have and that differs."""
+    blocks = {script: sections(source) for script, source in sources.items()}
+    return [
+        (name, a, b)
+        for a, b in itertools.combinations(sorted(blocks), 2)
+        for name in SHARED
+        if name in blocks[a] and name in blocks[b] and blocks[a][name] != blocks[b][name]
+    ]
+
+
+def test_shared_blocks_are_the_same_text():
+    sources = {path.name: path.read_text() for path in ROOT.glob("parl_*.py")}
+    assert drifted(sources) == []
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_scripts_have_the_sections_and_a_drift_is_named(name):
+    source = (ROOT / "parl_diffusion_calql.py").read_text()
+    block = sections(source)[name]
+    assert len(block) > 200
+    changed = source.replace(block, block.replace("return", "return  ", 1))
+    assert drifted({"a.py": source, "b.py": changed}) == [(name, "a.py", "b.py")]

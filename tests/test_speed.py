@@ -1,0 +1,158 @@
+"""benchmarks/speed.py: its operation counts against hand sums and against PyTorch's own counter, and its command line."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import parl_diffusion_calql as script
+from benchmarks import speed
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OBS, ACT = 5, 3
+TINY = script.Args(
+    ensemble_size=3, target_subset=2, critic_hidden=(16, 24), num_bins=12, batch_size=4, num_samples=6, num_keep=2,
+    num_gradient_steps=3, cql_actions=2, policy_hidden=8, policy_blocks=2, diffusion_steps=5,
+)  # fmt: skip
+
+
+def counted(function) -> int:
+    """Operations of the matrix products that PyTorch saw."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def make_critic(args):
+    return script.Critic(OBS, ACT, args.critic_hidden, args.ensemble_size, args.num_bins)
+
+
+def make_policy(args):
+    return script.DiffusionPolicy(OBS, ACT, args.diffusion_steps, args.policy_hidden, args.policy_blocks)
+
+
+def make_batch(B, n):
+    return torch.randn(B, OBS), torch.rand(B, n, ACT) * 2 - 1
+
+
+def test_critic_update_by_hand():
+    """Multiply-adds of one member: 80 observation, 48 + 16 * 24 + 24 * 12 = 48 + 672 action."""
+    assert speed.critic_layers(TINY, OBS, ACT) == (160, 96, 1344)
+    optimize = 8 * 3 * (160 + (6 + 2 * 7) * 1440)  # 8 states, 3 members; 6 ranked, 2 kept with 4 passes forward, 3 back
+    assert speed.optimize_flops(TINY, OBS, ACT, 8) == optimize
+    target = 4 * 2 * 1600
+    data = 4 * 3 * (160 + 192 + 4032)
+    penalty = 4 * 2 * 4 * (192 + 4032)
+    assert speed.critic_update_flops(TINY, OBS, ACT) == optimize + target + data + penalty
+
+
+def test_ranking_is_what_pytorch_counts():
+    critic, (obs, actions) = make_critic(TINY), make_batch(7, TINY.num_samples)
+    only_rank = dataclasses.replace(TINY, num_gradient_steps=0)
+    assert counted(lambda: script.global_optimization(critic, obs, actions, 2)) == speed.optimize_flops(only_rank, OBS, ACT, 7)
+
+
+def test_gradient_steps_are_what_pytorch_counts():
+    """Less the observation's part of the first layer, which the script evaluates with every pass."""
+    critic, (obs, actions) = make_critic(TINY).requires_grad_(False), make_batch(7, TINY.num_keep)
+    only_rank = dataclasses.replace(TINY, num_gradient_steps=0)
+    needed = speed.optimize_flops(TINY, OBS, ACT, 7) - speed.optimize_flops(only_rank, OBS, ACT, 7)
+    # `.forward`: the counter's hooks on a module's call do not work under autograd.grad
+    seen = counted(lambda: script.local_optimization(critic.forward, obs, actions, 3, 3e-4, -1.0, 1.0))
+    obs_part = 7 * 3 * speed.critic_layers(TINY, OBS, ACT)[0]
+    assert needed <= seen <= needed + 4 * obs_part
+
+
+def test_critic_loss_is_what_pytorch_counts():
+    """Less the observation's part of the first layer, forward: the action optimization at s has evaluated it."""
+    B, members = TINY.batch_size, torch.tensor([0, 2])
+    critic, (obs, actions) = make_critic(TINY), make_batch(B, 5)
+    returns = torch.zeros(B)
+    not_loss = speed.optimize_flops(TINY, OBS, ACT, 2 * B) + B * 2 * sum(speed.critic_layers(TINY, OBS, ACT))
+    needed = speed.critic_update_flops(TINY, OBS, ACT) - not_loss
+
+    def loss():
+        a = actions.unbind(1)
+        script.calql_loss(critic, obs, a[0], returns, returns, a[1], a[2], actions[:, 3:], 0.1, members)[0].backward()
+
+    obs_part = B * speed.critic_layers(TINY, OBS, ACT)[0]
+    assert needed <= counted(loss) <= needed + obs_part * (3 + 2 * 2)  # forward 3 + 2, and 2 backward again
+
+
+def test_policy_is_what_pytorch_counts():
+    policy, (obs, _) = make_policy(TINY), make_batch(7, 1)
+    assert counted(lambda: policy.sample(obs, 6)) == speed.sampling_flops(TINY, OBS, ACT, 7, 6)
+    obs, actions = make_batch(TINY.diffusion_steps, 1)  # as many rows as steps: no step's time features are needed twice
+    needed = speed.policy_update_flops(TINY, OBS, ACT, len(obs))
+    assert counted(lambda: policy.loss(obs, actions[:, 0]).backward()) == needed
+
+
+def test_antmaze_count():
+    case = speed.CASES["antmaze"]
+    args = script.Args(**script.PRESETS["antmaze"] | case["fields"])
+    assert speed.critic_update_flops(args, 29, 8) == pytest.approx(0.586e12, rel=1e-3)
+    all_members = dataclasses.replace(args, target_subset=10)  # the penalty's actions, and the target, through all ten
+    assert speed.critic_update_flops(all_members, 29, 8) == pytest.approx(0.62e12, rel=5e-3)
+
+
+def test_distinct():
+    drawn = torch.randint(1000, (800,), generator=torch.Generator().manual_seed(0)).unique().numel()
+    assert speed.distinct(800, 1000) == pytest.approx(drawn, rel=0.05)
+    assert speed.distinct(1, 1000) == 1
+
+
+def run_speed(*flags):
+    command = [sys.executable, "benchmarks/speed.py", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_command_line(tmp_path):
+    file = tmp_path / "speed.json"
+    done = run_speed("--case", "quickstart", "--seconds", "0.02", "--threads", "1", "--device", "cpu", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(file.read_text())
+    names = [phase["phase"] for phase in result["phases"]]
+    assert names == ["cloning, batch 256", "caching", "offline critic update", "online: distill + critic", "online: acting"]
+    for phase in result["phases"]:
+        assert phase["phase"] in done.stdout
+        assert len(phase["repetitions"]) >= 3 and phase["gflop"] > 0
+        assert phase["share_of_peak"] == pytest.approx(phase["gflop"] / phase["seconds"] / result["peak_gflops"])
+    assert result["peak_memory_gb"] > 0.05 and 0 < result["first_update_seconds"] < 300
+    assert math.isfinite(result["peak_gflops"]) and len(result["peaks"]) == 6
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(case="nonsense"), "there are antmaze"),
+        (dict(case="antmaze", preset="kitchen"), "not both"),
+        (dict(preset="kitchen"), "--obs-dim"),
+        (dict(case="antmaze", obs_dim=3), "--preset"),
+        (dict(threads=-1), "--threads"),
+        (dict(seconds=0.0), "--seconds"),
+        (dict(seconds=float("nan")), "--seconds"),
+        (dict(json="/nowhere/at/all.json"), "no folder"),
+        (dict(device="abacus"), "--device"),
+        (dict(device="meta"), "--device"),
+    ],
+)
+def test_refusals(flags, words):
+    with pytest.raises(SystemExit, match=words) as refusal:
+        speed.check_options(speed.Options(**flags))
+    assert "\n" not in str(refusal.value)
+
+
+def test_unknown_script_and_preset():
+    with pytest.raises(SystemExit, match="no script parl_nothing.py"):
+        speed.load_script("parl_nothing")
+    with pytest.raises(SystemExit, match="cannot be measured"):
+        speed.load_script("benchmarks/tasks/dataset.py")
+    case = dict(preset="nonsense")
+    with pytest.raises(SystemExit, match="no preset 'nonsense'"):
+        speed.measure(speed.Options(), case, torch.device("cpu"))
