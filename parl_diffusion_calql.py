@@ -30,8 +30,10 @@ differs from the paper in places; the paper is the default here and these flags 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import functools
 import json
@@ -262,21 +264,21 @@ class DiffusionPolicy(nn.Module):
         angle = 2 * math.pi * t[..., None] * self.frequencies
         return self.time2(F.silu(self.time1(torch.cat([angle.cos(), angle.sin()], -1))))
 
-    def predict_noise(self, obs_time, noisy_actions):
-        """epsilon_phi(a_t, s, t). obs_time: what the first layer makes of observation and step, see `embed`."""
-        x = obs_time + noisy_actions @ self.first.weight[:, -self.action_dim :].T
+    def predict_noise(self, obs_and_time, noisy_actions):
+        """epsilon_phi(a_t, s, t). obs_and_time: the sum of the two `first_layer_parts`."""
+        x = obs_and_time + noisy_actions @ self.first.weight[:, -self.action_dim :].T
         for block in self.blocks:
             x = block(x)
         return self.last(F.silu(x))
 
-    def embed(self, obs, t):
-        """The first layer's input without the action, obs (..., O) and t (...,) -> (..., hidden).
+    def first_layer_parts(self, obs):
+        """What the first layer makes of the observations (B, hidden) and of each step (K, hidden).
 
-        Layer one is linear in [time, observation, action], so its first two parts are computed once and shared by all
-        samples of a state.
+        It is linear in [time, observation, action], so these parts serve all samples of a state, all states of a step.
         """
         time_weight, obs_weight, _ = self.first.weight.split([self.time2.out_features, self.obs_dim, self.action_dim], 1)
-        return F.linear(obs, obs_weight, self.first.bias) + F.linear(self.time_features(t), time_weight)
+        steps = torch.arange(self.num_steps, device=obs.device)
+        return F.linear(obs, obs_weight, self.first.bias), F.linear(self.time_features(steps), time_weight)
 
     def loss(self, obs, actions, t=None, noise=None):
         """Equation 3.1 with the squared norm, as DDPM and the release have it. obs (B, O), actions (B, A) -> scalar."""
@@ -286,7 +288,8 @@ class DiffusionPolicy(nn.Module):
             noise = torch.randn_like(actions)
         alpha_bar = self.alpha_bars[t, None]
         noisy_actions = alpha_bar.sqrt() * actions + (1 - alpha_bar).sqrt() * noise
-        return (self.predict_noise(self.embed(obs, t), noisy_actions) - noise).square().sum(-1).mean()
+        obs_part, time_parts = self.first_layer_parts(obs)
+        return (self.predict_noise(obs_part + time_parts[t], noisy_actions) - noise).square().sum(-1).mean()
 
     def draw_noise(self, obs, num_samples):
         """What `sample` uses up for obs (B, O): standard normal, (K + 1, B, n, A)."""
@@ -304,9 +307,7 @@ class DiffusionPolicy(nn.Module):
             actions (B, n, A).
         """
         noise = self.draw_noise(obs, num_samples) if noise is None else noise
-        obs_part = F.linear(obs, self.first.weight[:, -self.action_dim - self.obs_dim : -self.action_dim], self.first.bias)
-        steps = torch.arange(self.num_steps, device=obs.device)
-        time_parts = self.time_features(steps) @ self.first.weight[:, : self.time2.out_features].T  # (K, hidden)
+        obs_part, time_parts = self.first_layer_parts(obs)
         actions = noise[0]
         for i, t in enumerate(reversed(range(self.num_steps))):
             epsilon = self.predict_noise((obs_part + time_parts[t])[:, None], actions)
@@ -370,7 +371,7 @@ class Critic(nn.Module):
         self.head_weight = nn.Parameter(orthogonal(heads, hidden[-1], num_bins, 0.01))
         self.head_bias = nn.Parameter(torch.zeros(heads, 1, num_bins))
         self.ensemble_size, self.shared_head = E, shared_head
-        self.floats_per_action = E * max(hidden)  # of its widest activation
+        self.width = max(hidden)
         edges = torch.linspace(q_min, q_max, num_bins + 1)
         self.register_buffer("edges", edges)
         self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2)
@@ -410,14 +411,15 @@ class FrozenCritic:
     """A critic that does not change for a while: the same Q, and its gradient with respect to the action by hand.
 
     Action optimization is nearly all of PA-RL's arithmetic, and outside the matmuls it is bound by memory. So here each
-    layer keeps two tensors for its backward pass instead of autograd's four, works in place, and normalises for less:
-    with weights and biases centred over their outputs the mean of a pre-activation is 0 and LayerNorm is a division
-    by its root mean square. In the backward pass the centred weights subtract the gradient's mean as well.
+    layer keeps two tensors for its backward pass instead of autograd's four, works in place, takes on a CPU as many
+    members at a time as its cache holds, and normalises for less: with weights and biases centred over their outputs
+    the mean of a pre-activation is 0, so LayerNorm is a division by its root mean square. In the backward pass the
+    centred weights subtract the gradient's mean as well.
     """
 
     @torch.no_grad()
     def __init__(self, critic: Critic):
-        self.critic, self.floats_per_action = critic, critic.floats_per_action
+        self.critic = critic
         centred = (lambda w: w - w.mean(-1, keepdim=True)) if critic.layer_norm else (lambda w: w.detach())
         self.weights, self.biases = [centred(w) for w in critic.weights], [centred(b) for b in critic.biases]
         E = critic.ensemble_size
@@ -426,46 +428,38 @@ class FrozenCritic:
     @torch.no_grad()
     def __call__(self, obs, actions):
         """As Critic: obs (B, O), actions (B, n, A) -> q (E, B, n)."""
-        return self._forward(obs, actions)[0]
+        return torch.cat([self._forward(obs, actions, members)[0] for members in self._groups(actions)])
 
     @torch.no_grad()
     def mean_and_gradient(self, obs, actions):
         """Mean Q over the ensemble (B, n), and its gradient with respect to each action (B, n, A)."""
-        B, n, A = actions.shape
-        saved = []
-        q, probs = self._forward(obs, actions, saved)
-        E = len(q)
-        if probs is None:
-            gradient = self.head_weight.transpose(1, 2).repeat(1, B * n, 1) / E
-        else:  # dQ/dlogit = p (center - Q)
-            gradient = probs.mul_(self.critic.centers - q.view(E, B * n, 1)).div_(E)
-            gradient = torch.bmm(gradient, self.head_weight.transpose(1, 2))
-        for i in reversed(range(len(self.weights))):
-            normalised, inverse_rms, slope = saved[i]
-            gradient.mul_(slope)
-            if self.critic.layer_norm:
-                along = torch.linalg.vecdot(gradient, normalised)[..., None] / normalised.shape[-1]
-                gradient.addcmul_(normalised, along, value=-1).mul_(inverse_rms)
-            weight = self.weights[i] if i > 0 else self.weights[0][:, self.critic.obs_dim :]
-            gradient = torch.bmm(gradient, weight.transpose(1, 2))
-        return q.mean(0), gradient.sum(0).view(B, n, A)
+        q, gradient = zip(*(self._value_and_gradient(obs, actions, members) for members in self._groups(actions)))
+        E = self.critic.ensemble_size
+        return sum(q) / E, sum(gradient) / E
 
-    def _forward(self, obs, actions, saved=None):
+    def _groups(self, actions):
+        """Members to evaluate together."""
+        E, rows = self.critic.ensemble_size, actions.shape[0] * actions.shape[1]
+        size = E if actions.is_cuda else max(1, CACHE_FLOATS // (rows * self.critic.width))
+        return [slice(first, min(E, first + size)) for first in range(0, E, size)]
+
+    def _forward(self, obs, actions, members, saved=None):
         """q (E, B, n), and the bins' probabilities (E, B n, bins) or None; fills `saved` for the backward pass."""
         B, n, A = actions.shape
-        E, O, one = self.critic.ensemble_size, self.critic.obs_dim, self.critic.centers.new_ones(())  # noqa: E741
-        obs_part = torch.baddbmm(self.biases[0], obs.expand(E, -1, -1), self.weights[0][:, :O])
-        z = torch.bmm(actions.reshape(1, B * n, A).expand(E, -1, -1), self.weights[0][:, O:])
+        weights, O, one = [w[members] for w in self.weights], self.critic.obs_dim, actions.new_ones(())  # noqa: E741
+        E = len(weights[0])
+        obs_part = torch.baddbmm(self.biases[0][members], obs.expand(E, -1, -1), weights[0][:, :O])
+        z = torch.bmm(actions.reshape(1, B * n, A).expand(E, -1, -1), weights[0][:, O:])
         z.view(E, B, n, -1).add_(obs_part[:, :, None])
         x = None
-        for i in range(len(self.weights)):
-            z = z if i == 0 else torch.bmm(x, self.weights[i]).add_(self.biases[i])
+        for i in range(len(weights)):
+            z = z if i == 0 else torch.bmm(x, weights[i]).add_(self.biases[i][members])
             u, inverse_rms, scale = z, None, one
             if self.critic.layer_norm:
                 norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
                 inverse_rms = norm.square_().div_(z.shape[-1]).add_(1e-6).rsqrt_()
-                scale = self.critic.scales[i]
-                u = torch.addcmul(self.critic.shifts[i], z.mul_(inverse_rms), scale)
+                scale = self.critic.scales[i][members]
+                u = torch.addcmul(self.critic.shifts[i][members], z.mul_(inverse_rms), scale)
             if saved is None:
                 x = F.silu(u, inplace=True)
             else:
@@ -473,11 +467,34 @@ class FrozenCritic:
                 x = u.mul_(sigmoid)
                 slope = torch.lerp(x, one, sigmoid).mul_(scale)  # swish' = x + sigmoid (1 - x), times LayerNorm's scale
                 saved.append((z, inverse_rms, slope))
-        outputs = torch.baddbmm(self.head_bias, x, self.head_weight)
+        outputs = torch.baddbmm(self.head_bias[members], x, self.head_weight[members])
         if self.critic.num_bins == 1:
             return outputs.view(E, B, n), None
         probs = torch.softmax(outputs, -1)
         return (probs @ self.critic.centers).view(E, B, n), probs
+
+    def _value_and_gradient(self, obs, actions, members):
+        """Sums over the members: Q (B, n) and dQ/da (B, n, A)."""
+        B, n, A = actions.shape
+        saved = []
+        q, probs = self._forward(obs, actions, members, saved)
+        if probs is None:
+            gradient = self.head_weight[members].transpose(1, 2).repeat(1, B * n, 1)
+        else:  # dQ/dlogit = p (center - Q)
+            gradient = probs.mul_(self.critic.centers - q.view(len(q), B * n, 1))
+            gradient = torch.bmm(gradient, self.head_weight[members].transpose(1, 2))
+        for i in reversed(range(len(saved))):
+            normalised, inverse_rms, slope = saved[i]
+            gradient.mul_(slope)
+            if self.critic.layer_norm:
+                along = torch.linalg.vecdot(gradient, normalised)[..., None] / normalised.shape[-1]
+                gradient.addcmul_(normalised, along, value=-1).mul_(inverse_rms)
+            weight = self.weights[i][members] if i > 0 else self.weights[0][members, self.critic.obs_dim :]
+            gradient = torch.bmm(gradient, weight.transpose(1, 2))
+        return q.sum(0), gradient.sum(0).view(B, n, A)
+
+
+CACHE_FLOATS = 500_000  # of one activation, per core: chunks too small pay for calls, chunks too large for memory (measured)
 
 
 def orthogonal(members: int, rows: int, columns: int, gain: float) -> torch.Tensor:
@@ -550,12 +567,12 @@ def optimize_actions(
     def climb(obs, actions):
         return local_optimization(critic, obs, actions, num_steps, step_size, low, high, keep_best_of_path)
 
-    critic = FrozenCritic(critic) if isinstance(critic, Critic) else critic
-    actions, _ = over_states(rank, obs, actions, floats_per_state=actions.shape[1] * critic.floats_per_action)
+    width, critic = critic.width, FrozenCritic(critic)
+    actions, _ = over_states(rank, obs, actions, floats_per_state=actions.shape[1] * width)
     if data_actions is not None:
         known = torch.where(data_actions.isnan(), actions[:, -1], data_actions)
         actions = torch.cat([actions[:, :-1], known[:, None]], 1)
-    return over_states(climb, obs, actions, floats_per_state=num_keep * critic.floats_per_action)
+    return over_states(climb, obs, actions, floats_per_state=num_keep * width)
 
 
 def optimize(critic, obs, actions, args: Args, data_actions=None):
@@ -584,12 +601,22 @@ def over_states(function, *tensors, floats_per_state):
     if tensors[0].device.type != "cpu":
         return function(*tensors)
     threads = torch.get_num_threads()
-    chunk = max(1, min(250_000 // floats_per_state, math.ceil(len(tensors[0]) / threads)))
+    states, limit = len(tensors[0]), max(1, CACHE_FLOATS // floats_per_state)
+    chunk = math.ceil(states / (threads * math.ceil(states / (threads * limit))))  # as many chunks for each thread
     parts = zip(*(tensor.split(chunk) for tensor in tensors))
     results = list(single_threaded_workers(threads).map(lambda part: function(*part), parts))
     if isinstance(results[0], tuple):
         return tuple(torch.cat(column) for column in zip(*results))
     return torch.cat(results)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc not to hand freed memory back: faulting it in again for the next tensor costs more than the arithmetic."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library: slower, no less right
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 @functools.cache
@@ -1260,6 +1287,7 @@ def main(argv: list[str] | None = None) -> None:
     check_args(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.threads or cores)
+    keep_freed_memory()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     torch.manual_seed(args.seed)
     try:

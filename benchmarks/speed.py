@@ -43,7 +43,7 @@ TIME_DIM = 128  # the policy's time features, DiffusionPolicy's default
 RELEASE_GFLOPS = 160.0  # float32 peak of the machine on which the release's times below were taken
 NEEDED = (
     "Args", "PRESETS", "ReplayBuffer", "DiffusionPolicy", "Critic", "policy_update", "critic_update", "distill",
-    "refresh_candidates", "optimize", "select_actions",
+    "refresh_candidates", "optimize", "select_actions", "keep_freed_memory",
 )  # fmt: skip
 
 ANTMAZE = dict(
@@ -382,6 +382,7 @@ def load_script(name: str):
     missing = [needed for needed in NEEDED if not hasattr(script, needed)]
     if missing:
         fail(f"{name}.py cannot be measured: it has no {', '.join(missing)}")
+    script.keep_freed_memory()  # as the script's own main does
     return script
 
 

@@ -25,7 +25,7 @@ from benchmarks.tasks.dataset import ARRAYS, Dataset, write_npz
 ROOT = pathlib.Path(__file__).parent.parent
 TOY = (
     "--env-id pointmaze-umaze-v0 --dataset-size 1500 --threads 1 --eval-episodes 3 --log-every 10 --checkpoint-seconds 0 "
-    "--num-cloning-steps 60 --num-offline-steps 60 --num-online-episodes 4 --num-offline-evals 2 --num-online-evals 2 "
+    "--num-cloning-steps 60 --num-offline-steps 60 --num-online-episodes 6 --num-offline-evals 2 --num-online-evals 2 "
     "--policy-hidden 16 --policy-blocks 1 --cloning-batch-size 32 --critic-hidden 16 16 --batch-size 16 --num-bins 16 "
     "--num-samples 4 --num-keep 2 --num-gradient-steps 2"
 ).split()
@@ -106,7 +106,7 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(finished, tmp_pa
             assert time.monotonic() < deadline
             time.sleep(0.01)
             folder = next(tmp_path.iterdir(), None)
-        time.sleep(random.uniform(0.0, 0.3))
+        time.sleep(random.uniform(0.0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["phase"] != "done", "killed too late"
@@ -118,7 +118,9 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(finished, tmp_pa
     ours, theirs = load(folder), load(reference)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        same = torch.equal(ours[name], value) if torch.is_tensor(value) else ours[name] == value
+        same = ours[name] == value  # bit for bit; NaN stands where a state has no action
+        if torch.is_tensor(value):
+            same = torch.equal(ours[name].nan_to_num(9e9), value.nan_to_num(9e9)) if value.is_floating_point() else same.all()
         assert same, f"{name} differs after the resumed run"
 
 
@@ -342,8 +344,9 @@ def test_pointmaze_environment_and_data_agree(name):
 def test_the_readme_names_real_flags_and_files():
     text = (ROOT / "README.md").read_text()
     flags = set(re.findall(r"`(--[a-z][a-z0-9-]*)", text)) | set(re.findall(r"(?<=\s)(--[a-z][a-z0-9-]+)", text))
-    known = {"--" + name.replace("_", "-") for name in script.Args.__dataclass_fields__}
-    outside = {"--script", "--case", "--logdir", "--index-url"}
+    names = [name.replace("_", "-") for name in script.Args.__dataclass_fields__]
+    known = {"--" + name for name in names} | {"--no-" + name for name in names}
+    outside = {"--help", "--script", "--case", "--index-url"}
     assert flags - outside <= known, flags - outside - known
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).exists(), path

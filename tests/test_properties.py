@@ -228,7 +228,7 @@ def test_chunks_change_nothing(two_threads, monkeypatch):
     """The acceptance of a step is a comparison of nearly equal numbers, yet chunks and threads leave the result alone."""
     critic = make_critic()
     obs, actions = make_batch(40, 10)
-    monkeypatch.setattr(critic, "floats_per_action", 10**9)  # one state a chunk
+    monkeypatch.setattr(script, "CACHE_FLOATS", 1)  # one state a chunk, one member at a time
     calls, forward = [], script.FrozenCritic._forward
     count = lambda self, obs, *rest: calls.append(len(obs)) or forward(self, obs, *rest)  # noqa: E731
     monkeypatch.setattr(script.FrozenCritic, "_forward", count)
@@ -798,8 +798,8 @@ def test_diffusion_loss_draws_steps_and_noise(monkeypatch):
     """Steps uniform over all K; and noise standard normal: a network that predicts 0 has loss E|noise|^2 = A."""
     policy = script.DiffusionPolicy(OBS, ACT, 5, 16, 1, 8, dropout=0.0)
     nn.init.zeros_(policy.last.weight)
-    steps, embed = [], policy.embed
-    monkeypatch.setattr(policy, "embed", lambda obs, t: [steps.append(t), embed(obs, t)][1])
+    steps, draw = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: steps.append(draw(*a, **k)) or steps[-1])
     with torch.no_grad():
         loss = policy.loss(torch.randn(50_000, OBS), torch.rand(50_000, ACT))
     assert loss.item() == pytest.approx(ACT, abs=0.06)  # five standard errors

@@ -452,7 +452,8 @@ def test_diffusion_schedule(num_steps):
 
 
 def noise_prediction(policy, obs, noisy_actions, t):
-    return policy.predict_noise(policy.embed(obs, t), noisy_actions)
+    obs_part, time_parts = policy.first_layer_parts(obs)
+    return policy.predict_noise(obs_part + time_parts[t], noisy_actions)
 
 
 @pytest.mark.parametrize("prefix, output", [("actor", "params"), ("target_actor", "target_params")])
