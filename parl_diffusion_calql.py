@@ -40,8 +40,10 @@ import json
 import math
 import os
 import pathlib
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -179,6 +181,7 @@ def _resumed_args(folder: str, argv: list[str] | None) -> Args:
     script = pathlib.Path(__file__).stem
     if config.pop("script", None) != script:
         fail(f"{folder} was made by another script; resume it with that one, not with {script}.py")
+    config.pop("provenance", None)
     known = {field.name for field in dataclasses.fields(Args)}
     if set(config) != known:
         fail(f"{folder} was made by another version of {script}.py (flags differ: {sorted(set(config) ^ known)})")
@@ -592,8 +595,8 @@ def select_actions(actions, q, greedy: bool):
 def over_states(function, *tensors, floats_per_state):
     """`function(*tensors)`, on a CPU over chunks of states, one core each.
 
-    States are independent. A chunk whose activations (floats_per_state of them at a time) stay in a core's cache, and
-    which no other core has to wait for after every operation, is worth a third of the time.
+    States are independent, so no core need wait for another after every operation, and a chunk's activations
+    (floats_per_state for each state) stay in the caches.
 
     The function takes and returns tensors with states in the first dimension; it must not draw random numbers, and
     sets its own grad mode, which other threads do not inherit.
@@ -602,7 +605,8 @@ def over_states(function, *tensors, floats_per_state):
         return function(*tensors)
     threads = torch.get_num_threads()
     states, limit = len(tensors[0]), max(1, CACHE_FLOATS // floats_per_state)
-    chunk = math.ceil(states / (threads * math.ceil(states / (threads * limit))))  # as many chunks for each thread
+    rounds = max(1, math.ceil(states / (threads * limit)))
+    chunk = max(1, math.ceil(states / (threads * rounds)))  # the same number of chunks for each thread
     parts = zip(*(tensor.split(chunk) for tensor in tensors))
     results = list(single_threaded_workers(threads).map(lambda part: function(*part), parts))
     if isinstance(results[0], tuple):
@@ -808,6 +812,7 @@ class ReplayBuffer:
             torch.as_tensor(x, dtype=torch.float32, device=device) for x in (actions, rewards, ~dataset.terminals, returns)
         )
         self.num_offline, self.num_offline_states, self.mixing_ratio = len(rewards), len(states), args.mixing_ratio
+        self.fingerprint = [len(rewards), float(states.sum(dtype=np.float64)), float(actions.sum(dtype=np.float64))]
 
     def __len__(self):
         return len(self.rewards)
@@ -1015,7 +1020,7 @@ class Run:
             name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
             self.folder = pathlib.Path(args.runs) / name
             self._check_space()
-            config = {"script": script} | dataclasses.asdict(args)
+            config = {"script": script, "provenance": provenance()} | dataclasses.asdict(args)
             write_atomically(self.folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
         self.started = time.monotonic() - self.progress["seconds"]
         self.saved_at, self.logged = time.monotonic(), (time.monotonic(), self.progress["updates"])
@@ -1102,7 +1107,7 @@ class Run:
         state = {
             "progress": self.progress, "results": self.results, "curve": self.curve, "buffer": self.buffer.state_dict(),
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
+            "data": self.buffer.fingerprint, "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
         }  # fmt: skip
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
         self.saved_at = time.monotonic()
@@ -1115,9 +1120,12 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
+            same_data = state["data"] == self.buffer.fingerprint
             self.buffer.append(state["buffer"])
         except Exception as error:  # a damaged file can raise almost anything
             fail(f"{path} cannot be read or does not fit this run ({str(error).splitlines()[0]})")
+        if not same_data:
+            fail(f"{self.folder} was trained on another dataset than the one found now; restore that, or start a new run")
         self.progress, self.results, self.curve = state["progress"], state["results"], state["curve"]
         torch.set_rng_state(state["rng"])
         if len(state["cuda_rng"]) == torch.cuda.device_count():
@@ -1155,6 +1163,20 @@ class Run:
     def close(self) -> None:
         self.csv.close()
         self.writer.close()
+
+
+def provenance() -> dict[str, str]:
+    """What a result must carry to be repeated: the command, the commit, the machine, the versions."""
+    commit = "unknown"
+    if shutil.which("git"):
+        git = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
+        commit = subprocess.run(git, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True).stdout.strip() or commit
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "command": " ".join(["python", *sys.argv]), "commit": commit,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, {platform.system()}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, gymnasium {gym.__version__}",
+    }  # fmt: skip
 
 
 def write_atomically(path: pathlib.Path, write) -> None:
@@ -1205,8 +1227,8 @@ def draw_summary(run: Run, env, policy, critic, args: Args) -> None:
     ax.set_title(f"{args.env_id}, seed {args.seed}\n{args.eval_episodes} episodes a point", fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(loc="center right")
+    x, y, values = value_map(run.buffer, policy, critic, args) if panels else (None, None, None)
     for ax, (label, result) in zip(maze_axes, panels):
-        x, y, values = value_map(run.buffer, policy, critic, args)
         mesh = ax.scatter(x, y, c=values, s=7, cmap="viridis", linewidths=0)
         draw_maze(ax, env.unwrapped, maze)
         for path in result["trajectories"]:
@@ -1214,7 +1236,7 @@ def draw_summary(run: Run, env, policy, critic, args: Args) -> None:
             ax.plot(*path.numpy().T, color="tab:red", lw=0.8)
         ax.set_title(f"{label}: {result['success_rate']:.0%}", fontsize=11)
     if panels:
-        figure.colorbar(mesh, ax=maze_axes, label="critic: value of the best candidate", shrink=0.85)
+        figure.colorbar(mesh, ax=maze_axes, label="final critic: value of the best candidate", shrink=0.85)
     write_atomically(run.folder / "summary.png", lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
 

@@ -93,7 +93,9 @@ def test_a_run_leaves_what_the_readme_promises(finished):
         assert re.search(rf"{phase}.*100%", output), f"no progress bar for {phase}"
     rows = rows_of(folder)
     assert [r["phase"] for r in rows if r["success_rate"]] == ["cloning"] + 2 * ["offline"] + 2 * ["online"]
-    assert json.loads((folder / "config.json").read_text())["critic_hidden"] == [16, 16]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["critic_hidden"] == [16, 16] and config["preset"] == "pointmaze"
+    assert config["provenance"]["command"].endswith(str(folder.parent)) and config["provenance"]["commit"]
 
 
 def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(finished, tmp_path):
@@ -255,6 +257,14 @@ def test_resume_refuses_another_script_preset_or_a_damaged_checkpoint(finished, 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"script": "parl_diffusion_iql"}))
     assert "another script" in error_of("--resume", str(folder))
+
+
+def test_resume_refuses_another_dataset(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    other = lambda env_id, path, size: load_dataset(env_id, path, size, seed=9)  # noqa: E731
+    monkeypatch.setattr(script, "load_dataset", other)
+    assert "another dataset" in error_of("--resume", str(folder))
 
 
 def test_no_disk_space(monkeypatch, tmp_path):
