@@ -45,7 +45,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -907,7 +906,7 @@ def collect_episode(env, act, scale: ActionScale, seed: int, device) -> dict:
     obs, info = env.reset(seed=seed)
     observations, actions, rewards, done, success = [obs], [], [], False, False
     while not done:
-        action = act(torch.as_tensor(obs, device=device)[None])[0].cpu().numpy()
+        action = act(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])[0].cpu().numpy()
         obs, reward, terminated, truncated, info = env.step(scale.to_env(action))
         observations.append(obs)
         actions.append(action)
@@ -933,7 +932,7 @@ def evaluate(envs, act, scale: ActionScale, args: Args, device) -> dict:
     actions = np.zeros(envs.action_space.shape, np.float32)
     while active.any():
         rows = np.flatnonzero(active)
-        actions[rows] = scale.to_env(act(torch.as_tensor(obs[rows], device=device)).cpu().numpy())
+        actions[rows] = scale.to_env(act(torch.as_tensor(obs[rows], dtype=torch.float32, device=device)).cpu().numpy())
         obs, reward, terminated, truncated, info = envs.step(actions)
         observations.append(obs)
         success |= active & np.asarray(info.get("success", np.zeros(n)), bool)
@@ -961,7 +960,7 @@ def film(env_id: str, act, scale: ActionScale, path: pathlib.Path, device, episo
                 fps = min(30, env.metadata.get("render_fps", 10))
                 writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frame.shape[1::-1])
             writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-            action = act(torch.as_tensor(obs, device=device)[None])[0].cpu().numpy()
+            action = act(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])[0].cpu().numpy()
             obs, _, terminated, truncated, _ = env.step(scale.to_env(action))
             done = terminated or truncated
     writer.release()
@@ -1181,10 +1180,9 @@ def provenance() -> dict[str, str]:
 
 def write_atomically(path: pathlib.Path, write) -> None:
     """`write(file)`, so that `path` holds either what it held before or all of the new content."""
-    temporary = None
+    temporary = path.with_name(path.name + ".partial")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -1192,8 +1190,7 @@ def write_atomically(path: pathlib.Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         fail(f"cannot write {path} ({str(error).splitlines()[0]}); free some space, then --resume {path.parent}")
     finally:
-        if temporary:
-            pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 # --- SUMMARY ---

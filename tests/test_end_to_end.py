@@ -165,6 +165,36 @@ def test_every_variant_runs(flags, tmp_path):
     assert phases_seen(folder) >= {"cloning", "online"}
 
 
+def test_another_environment(monkeypatch, tmp_path):
+    """As the README says: two functions replaced; actions beyond [-1, 1], float64 observations, dense rewards, no maze."""
+
+    def other_env(env_id, **kwargs):
+        env = gym.make("Pendulum-v1", max_episode_steps=20, **kwargs)
+        space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        return gym.wrappers.TransformObservation(env, lambda obs: obs.astype(np.float64), space)
+
+    def other_dataset(env_id, path=None, size=None):
+        env, rows = other_env(env_id), {name: [] for name in ARRAYS}
+        for episode in range(10):
+            obs, done = env.reset(seed=episode)[0], False
+            while not done:
+                action = env.action_space.sample()
+                next_obs, reward, terminated, done, _ = env.step(action)
+                for key, value in zip(rows, (obs, action, reward, next_obs, terminated, done)):
+                    rows[key].append(value)
+                obs = next_obs
+        return Dataset(**{name: np.array(values) for name, values in rows.items()}, source="mine")
+
+    monkeypatch.setattr(script, "make_env", other_env)
+    monkeypatch.setattr(script, "load_dataset", other_dataset)
+    rewards = ["--reward-bias", "0", "--reward-min", "-17", "--no-sparse-reward"]
+    script.main([*TOY, "--env-id", "Pendulum-v1", "--preset", "pointmaze", *rewards, "--runs", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["phase"] == "done" and state["buffer"]["actions"].abs().max() <= 1
+    assert state["results"]["after online RL"]["return"] < 0
+
+
 # --- bad input: one clear line, before any long work ---
 
 

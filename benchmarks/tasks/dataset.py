@@ -3,7 +3,6 @@
 import hashlib
 import os
 import pathlib
-import tempfile
 import zipfile
 from dataclasses import dataclass
 
@@ -88,16 +87,16 @@ def write_npz(path, dataset: Dataset) -> str:
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may collect the same data
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "wb") as file:
                 np.savez_compressed(file, **{name: getattr(dataset, name) for name in ARRAYS})
                 file.flush()
                 os.fsync(file.fileno())
-            digest = hashlib.sha256(pathlib.Path(temporary).read_bytes()).hexdigest()
+            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
             os.replace(temporary, path)
         finally:
-            pathlib.Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise TaskError(f"cannot write the dataset to {path} ({error.strerror}); set PARL_CACHE to another folder") from error
     return digest

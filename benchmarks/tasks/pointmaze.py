@@ -95,7 +95,7 @@ def load_dataset(env_id: str, size: int | None = None, seed: int = 0) -> Dataset
     else:
         dataset = collect(env_id, size, seed)
         dataset.sha256 = write_npz(path, dataset)
-        partial = note.with_suffix(".partial")
+        partial = note.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps({"sha256": dataset.sha256, "transitions": size, "seed": seed}))
         os.replace(partial, note)
     dataset.source = f"collected locally by benchmarks/tasks/pointmaze.py, seed {seed}"
