@@ -289,6 +289,15 @@ def test_resume_refuses_another_script_preset_or_a_damaged_checkpoint(finished, 
     assert "another script" in error_of("--resume", str(folder))
 
 
+def test_a_resumed_run_drops_rows_that_its_checkpoint_does_not_know(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("online,99,1,1,1,1.0" + 18 * "," + "\nonli")  # one row too many, and half of another
+    script.main(["--resume", str(folder)])
+    assert rows_of(folder) == rows_of(finished[0])
+
+
 def test_resume_refuses_another_dataset(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
