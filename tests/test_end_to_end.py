@@ -251,6 +251,8 @@ def toy_dataset(**changes):
         ("actions", np.zeros((80, 3)), "actions"),
         ("actions", np.full((80, 2), 1.5), "beyond the action space"),
         ("rewards", np.where(np.arange(80) == 7, np.nan, 0), "row 7"),
+        ("rewards", np.full(80, 5.0), "--reward-bias"),
+        ("rewards", np.full(80, -5.0), "--reward-min"),
         ("actions", np.where(np.arange(160).reshape(80, 2) == 8, np.inf, 0), "row 4"),
     ],
 )
