@@ -258,7 +258,7 @@ def toy_dataset(**changes):
 )
 def test_a_dataset_that_does_not_fit(name, value, word, tmp_path):
     write_npz(tmp_path / "data.npz", toy_dataset(**{name: value}))
-    message = error_of("--env-id", "pointmaze-umaze-v0", "--dataset-path", str(tmp_path / "data.npz"), "--runs", str(tmp_path))
+    message = error_of(*TOY, "--dataset-path", str(tmp_path / "data.npz"), "--runs", str(tmp_path))
     assert word in message, message
 
 
