@@ -6,7 +6,8 @@ environment. Teach them to the policy with the loss it was cloned with, so that 
 through the policy. Repeat the last three after every episode.
 
     python parl_diffusion_calql.py                                      # a small maze on a laptop: minutes
-    python parl_diffusion_calql.py --env-id pointmaze-large-v0 --seed 2
+    python parl_diffusion_calql.py --env-id antmaze-large-diverse-v2    # the paper's setting: one GPU, hours
+    python parl_diffusion_calql.py --env-id antmaze-umaze-v2 --preset laptop
     python parl_diffusion_calql.py --resume runs/<folder>               # continue after a stop, in any phase
 
 paper                                           | here
@@ -38,6 +39,7 @@ import dataclasses
 import functools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -69,7 +71,8 @@ class Args:
     """PA-RL + Cal-QL with a diffusion policy. Defaults shown are those of the preset in force."""
 
     env_id: str = "pointmaze-medium-v0"  # task, see benchmarks/tasks
-    preset: str = "auto"  # a task family's hyperparameters (PRESETS), auto: by the task's name; flags given by hand win
+    preset: str = "auto"  # a task family's hyperparameters (PRESETS), auto: by the task's name; flags given by hand win;
+    # laptop: the family's, with networks and phases for two CPU cores
     seed: int = 1  # seed of everything but the dataset
     device: str = "auto"  # auto: the GPU if there is one
     threads: int = 0  # CPU threads, 0: all cores this process may use
@@ -79,13 +82,15 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     wandb_project: str = "parl"  # project there
     capture_video: bool = False  # film three episodes of the final policy (pip install opencv-python-headless)
-    dataset_path: str = ""  # read the offline data from this .npz instead
+    dataset_source: Literal["auto", "download", "local"] = "auto"  # published data or collected here; auto: if need be
+    dataset_path: str = ""  # read the offline data from this file instead: .npz, or the task's own format
     dataset_size: int = 0  # transitions to collect where the data is collected locally, 0: the task's default
 
     num_cloning_steps: int = 300_000  # phase 1: updates of the policy
     num_offline_steps: int = 1_000_000  # phase 2: updates of the critic; 0: no offline phase
     num_online_episodes: int = 1_000  # phase 3: episodes; 0: offline only
     eval_episodes: int = 32  # episodes of an evaluation
+    eval_processes: bool = True  # simulate each of them in a process of its own
     num_offline_evals: int = 10  # evaluations spread over phase 2
     num_online_evals: int = 10  # evaluations spread over phase 3
     log_every: int = 100  # updates between two rows of metrics
@@ -113,7 +118,7 @@ class Args:
     cql_alpha: float = 0.005  # weight of the Cal-QL penalty
     cql_actions: int = 10  # random actions in its logsumexp
     reward_bias: float = -1.0  # added to every reward so that the best possible one is 0
-    reward_min: float = -1.0  # smallest reward after the bias; the smallest possible value is reward_min / (1 - discount)
+    reward_min: float = -1.0  # smallest biased reward, 0: that of the data; the smallest value is reward_min / (1 - discount)
     sparse_reward: bool = True  # a trajectory without success is worth reward_min / (1 - discount) from all its states
 
     num_samples: int = 32  # k, candidates drawn from the policy
@@ -143,14 +148,29 @@ PRESETS: dict[str, dict] = {
     # Sized for two CPU cores. One-step TD carries value over a horizon of H decisions in about H / target_tau updates;
     # here a good way takes 10 to 15 decisions, hence the faster target and the smaller discount. Fewer candidates and
     # steps than the paper's 32, 10 and 10 are for the time they take; what they cost in success was not measured.
+    "ogbench": dict(reward_bias=0.0, reward_min=0.0),  # its rewards are minus the number of parts left to do
     "pointmaze": dict(
-        num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50,
+        num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50, eval_processes=False,
         num_offline_evals=3, num_online_evals=4, log_every=50, policy_hidden=64, policy_blocks=2,
         cloning_batch_size=256, policy_lr=1e-3, policy_warmup=200, distill_lr=3e-4, ensemble_size=2,
         critic_hidden=(128, 128), critic_lr=1e-3, discount=0.95, target_tau=0.03, num_bins=64, cql_actions=4,
         num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.03,
     ),
+    # On top of the family's: what two CPU cores train in about half an hour.
+    "laptop": dict(
+        num_cloning_steps=20_000, num_offline_steps=20_000, num_online_episodes=60, eval_episodes=50,
+        num_offline_evals=3, num_online_evals=3, policy_hidden=128, policy_blocks=2, policy_dropout=0.0,
+        cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, distill_lr=3e-4, ensemble_size=2,
+        critic_hidden=(256, 256), critic_lr=1e-3, batch_size=128, target_tau=0.02, num_bins=64, cql_actions=4,
+        num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.01,
+    ),
 }  # fmt: skip
+
+
+def task_family(env_id: str) -> str:
+    """The preset of a task."""
+    family = "ogbench" if "-singletask-" in env_id else env_id.split("-")[0]
+    return family if family in PRESETS else "default"
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -163,11 +183,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return _resumed_args(given.resume, argv)
     preset = given.preset
     if preset == "auto":
-        family = given.env_id.split("-")[0]
-        preset = family if family in PRESETS else "default"
+        preset = task_family(given.env_id)
     if preset not in PRESETS:
         fail(f"unknown --preset {preset!r}; there are {', '.join(PRESETS)}")
-    args = tyro.cli(Args, args=argv, default=Args(**PRESETS[preset]))
+    below = PRESETS[task_family(given.env_id)] if preset == "laptop" else {}
+    args = tyro.cli(Args, args=argv, default=Args(**below | PRESETS[preset]))
     return dataclasses.replace(args, preset=preset)
 
 
@@ -181,6 +201,7 @@ def _resumed_args(folder: str, argv: list[str] | None) -> Args:
     if config.pop("script", None) != script:
         fail(f"{folder} was made by another script; resume it with that one, not with {script}.py")
     config.pop("provenance", None)
+    config.pop("data", None)
     known = {field.name for field in dataclasses.fields(Args)}
     if set(config) != known:
         fail(f"{folder} was made by another version of {script}.py (flags differ: {sorted(set(config) ^ known)})")
@@ -207,8 +228,8 @@ def check_args(args: Args) -> None:
         if not least <= value <= limit:
             most = f"--{most.replace('_', '-')} ({limit})" if isinstance(most, str) else most
             fail(f"{flag} {value} must be at least {least}" + (f" and at most {most}" if limit < math.inf else ""))
-    if args.reward_min >= 0:
-        fail(f"--reward-min {args.reward_min} must be negative: rewards are biased so that the best one is 0")
+    if args.reward_min > 0:
+        fail(f"--reward-min {args.reward_min} must not be positive: rewards are biased so that the best one is 0")
 
 
 def fail(message: str):
@@ -774,6 +795,8 @@ def check_dataset(dataset, env: gym.Env, args: Args) -> None:
             row = int(np.flatnonzero(~np.isfinite(array.reshape(N, -1)).all(1))[0])
             fail(f"the dataset's {name} hold NaN or infinity, first in row {row} ({dataset.source})")
     low, high = dataset.rewards.min() + args.reward_bias, dataset.rewards.max() + args.reward_bias
+    if args.reward_min == 0:
+        fail(f"all rewards of the dataset are {low - args.reward_bias:.4g}; set --reward-min ({dataset.source})")
     if low < args.reward_min - 1e-3 or high > 1e-3:
         fail(f"the dataset's rewards plus --reward-bias span [{low:.4g}, {high:.4g}], beyond [--reward-min, 0] = "
              f"[{args.reward_min:.4g}, 0]; set the two flags to fit ({dataset.source})")  # fmt: skip
@@ -926,13 +949,13 @@ def collect_episode(env, act, scale: ActionScale, seed: int, device) -> dict:
 def evaluate(envs, act, scale: ActionScale, args: Args, device) -> dict:
     """Run `act` for one episode in each of the vectorised environments, always from the same starts.
 
-    Returns success_rate in [0, 1], return (rewards with the bias, undiscounted), length (decisions), and the
-    trajectories as a list of (steps + 1, O) arrays.
+    Returns success_rate in [0, 1], score (100 x success, or 25 x sub-tasks completed where the environment counts them),
+    return (rewards with the bias, undiscounted), length (decisions), and the trajectories as a list of (steps + 1, O).
     """
     n = envs.num_envs
     obs, _ = envs.reset(seed=EVAL_SEED)
     observations, active = [obs], np.ones(n, bool)
-    success, returns, lengths = np.zeros(n, bool), np.zeros(n), np.zeros(n, int)
+    success, scores, returns, lengths = np.zeros(n, bool), np.zeros(n), np.zeros(n), np.zeros(n, int)
     actions = np.zeros(envs.action_space.shape, np.float32)
     while active.any():
         rows = np.flatnonzero(active)
@@ -940,15 +963,33 @@ def evaluate(envs, act, scale: ActionScale, args: Args, device) -> dict:
         obs, reward, terminated, truncated, info = envs.step(actions)
         observations.append(obs)
         success |= active & np.asarray(info.get("success", np.zeros(n)), bool)
+        now = 25 * np.asarray(info["completed"]) if "completed" in info else 100 * success
+        scores = np.where(active, np.maximum(scores, now), scores)
         returns += active * (reward + args.reward_bias)
         lengths += active
         active &= ~(terminated | truncated)  # an environment that ended restarts by itself; its new episode is ignored
     stacked = np.stack(observations)  # (time, n, O)
     trajectories = [stacked[: lengths[i] + 1, i] for i in range(n)]
     return {
-        "success_rate": float(success.mean()), "return": float(returns.mean()), "length": float(lengths.mean()),
-        "trajectories": trajectories,
+        "success_rate": float(success.mean()), "score": float(scores.mean()), "return": float(returns.mean()),
+        "length": float(lengths.mean()), "trajectories": trajectories,
     }  # fmt: skip
+
+
+def make_vector_env(args: Args) -> gym.vector.VectorEnv:
+    """The environments of an evaluation, in this process or in one each."""
+
+    def make_one():
+        if multiprocessing.parent_process() is not None:  # Ctrl-C is for the run, which ends its processes itself
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return make_env(args.env_id)
+
+    if not args.eval_processes:
+        return gym.vector.SyncVectorEnv([make_one] * args.eval_episodes)
+    # forked before anything big is loaded; where there is no fork, started anew
+    context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    return gym.vector.AsyncVectorEnv([make_one] * args.eval_episodes, context=context)
 
 
 def film(env_id: str, act, scale: ActionScale, path: pathlib.Path, device, episodes: int = 3) -> None:
@@ -996,8 +1037,8 @@ def check_optional_parts(args: Args) -> None:
 
 PHASES = ("cloning", "offline", "online", "done")
 COLUMNS = (
-    "phase", "step", "updates", "episodes", "env_steps", "seconds", "success_rate", "return", "length", "policy_loss",
-    "critic_loss", "td_loss", "cql_loss", "q_data", "q_random", "q_optimized", "target_q", "bound_rate", "q_std",
+    "phase", "step", "updates", "episodes", "env_steps", "seconds", "success_rate", "score", "return", "length",
+    "policy_loss", "critic_loss", "td_loss", "cql_loss", "q_data", "q_random", "q_optimized", "target_q", "bound_rate", "q_std",
     "episode_success", "episode_length", "distill_loss", "distill_q", "updates_per_second",
 )  # fmt: skip
 
@@ -1009,21 +1050,23 @@ class Stopped(Exception):
 class Run:
     """A run's folder: config.json, metrics.csv, TensorBoard events, checkpoint.pt; and how far the run has come."""
 
-    def __init__(self, args: Args, modules: dict, buffer: ReplayBuffer):
+    def __init__(self, args: Args, modules: dict, buffer: ReplayBuffer, dataset):
         """modules: name -> network or optimizer, saved with every checkpoint and loaded here if args.resume is set."""
         self.args, self.modules, self.buffer, self.stop_signal = args, modules, buffer, None
         self.progress = dict.fromkeys(("step", "updates", "episodes", "env_steps", "csv_bytes", "q_std_count"), 0)
         self.progress |= {"phase": "cloning", "seconds": 0.0, "q_std_sum": 0.0, "greedy_distillation": False}
-        self.results, self.curve = {}, []
+        self.results, self.curve, self.local = {}, [], dataset.local
         if args.resume:
             self.folder = pathlib.Path(args.resume)
             self._load()
         else:
             script = pathlib.Path(__file__).stem
-            name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            task = args.env_id + ("-local" if dataset.local else "")  # not the published data: say so in the name
+            name = f"{task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
             self.folder = pathlib.Path(args.runs) / name
             self._check_space()
-            config = {"script": script, "provenance": provenance()} | dataclasses.asdict(args)
+            data = {name: getattr(dataset, name) for name in ("source", "sha256", "local")} | {"transitions": len(dataset)}
+            config = {"script": script, "provenance": provenance(), "data": data} | dataclasses.asdict(args)
             write_atomically(self.folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
         self.started = time.monotonic() - self.progress["seconds"]
         self.saved_at, self.logged = time.monotonic(), (time.monotonic(), self.progress["updates"])
@@ -1075,7 +1118,7 @@ class Run:
         self.csv.flush()
         self.progress["csv_bytes"] = self.csv.tell()
         for name, value in metrics.items():
-            charts = name in ("success_rate", "return", "length", "episode_success", "episode_length")
+            charts = name in ("success_rate", "score", "return", "length", "episode_success", "episode_length")
             group = "time" if name == "updates_per_second" else "charts" if charts else "losses"
             self.writer.add_scalar(f"{group}/{name}", value, updates)
 
@@ -1092,13 +1135,13 @@ class Run:
 
     def record(self, label: str, result: dict, final: bool = False) -> None:
         """An evaluation: a line on the screen, a row of metrics, a point of the learning curve; `final` for the table."""
-        scores = {name: result[name] for name in ("success_rate", "return", "length")}
+        scores = {name: result[name] for name in ("success_rate", "score", "return", "length")}
         self.log(scores)
-        self.curve.append([self.progress["phase"], self.progress["updates"], result["success_rate"]])
+        self.curve.append([self.progress["phase"], self.progress["updates"], result["score"]])
         if final:
             paths = [torch.tensor(path[:, :2]) for path in result["trajectories"][:24]]
             self.results[label] = scores | {"seconds": self.progress["seconds"], "trajectories": paths}
-        tqdm.write("{:>18}: success {:6.1%}   return {:8.2f}   length {:6.1f}   after {:.0f} s".format(
+        tqdm.write("{:>18}: success {:6.1%}   score {:5.1f}   return {:8.2f}   length {:6.1f}   after {:.0f} s".format(
             label, *scores.values(), self.progress["seconds"]))  # fmt: skip
 
     def save(self) -> None:
@@ -1202,9 +1245,10 @@ def write_atomically(path: pathlib.Path, write) -> None:
 
 def print_table(results: dict, folder: pathlib.Path) -> None:
     """What the policies reached, and where everything is."""
-    print(f"\n{'':18}{'success rate':>14}{'return':>10}{'length':>10}{'time':>8}")
+    print(f"\n{'':18}{'success rate':>14}{'score':>8}{'return':>10}{'length':>10}{'time':>8}")
     for label, r in results.items():
-        print(f"{label:18}{r['success_rate']:14.1%}{r['return']:10.2f}{r['length']:10.1f}{r['seconds']:6.0f} s")
+        row = f"{label:18}{r['success_rate']:14.1%}{r['score']:8.1f}{r['return']:10.2f}{r['length']:10.1f}"
+        print(f"{row}{r['seconds']:6.0f} s")
     print(f"\nall of it: {folder}/ with summary.png, metrics.csv, config.json, checkpoint.pt and TensorBoard's events")
 
 
@@ -1219,13 +1263,15 @@ def draw_summary(run: Run, env, policy, critic, args: Args) -> None:
     size = (4.6 + 3.6 * len(panels), 4.0)
     figure, axes = plt.subplots(1, 1 + len(panels), figsize=size, layout="constrained", squeeze=False)
     ax, *maze_axes = axes[0]
-    ax.plot([updates for _, updates, _ in run.curve], [100 * success for *_, success in run.curve], color="0.8", zorder=1)
+    ax.plot([updates for _, updates, _ in run.curve], [score for *_, score in run.curve], color="0.8", zorder=1)
     for phase, color in {"cloning": "tab:gray", "offline": "tab:blue", "online": "tab:red"}.items():
-        points = [(updates, 100 * success) for p, updates, success in run.curve if p == phase]
+        points = [(updates, score) for p, updates, score in run.curve if p == phase]
         if points:
             ax.plot(*zip(*points), "o-", color=color, label=phase)
-    ax.set(xlabel="updates of policy and critic", ylabel="success rate, %", ylim=(-3, 103))
-    ax.set_title(f"{args.env_id}, seed {args.seed}\n{args.eval_episodes} episodes a point", fontsize=10)
+    label = "success rate, %" if task_family(args.env_id) != "kitchen" else "score: 25 x sub-tasks"
+    ax.set(xlabel="updates of policy and critic", ylabel=label, ylim=(-3, 103))
+    task = args.env_id + (" (local data)" if run.local else "")
+    ax.set_title(f"{task}, seed {args.seed}\n{args.eval_episodes} episodes a point", fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(loc="center right")
     x, y, values = value_map(run.buffer, policy, critic, args) if panels else (None, None, None)
@@ -1317,9 +1363,15 @@ def main(argv: list[str] | None = None) -> None:
         env = make_env(args.env_id)
         scale = ActionScale(env.action_space)
         check_optional_parts(args)
-        dataset = load_dataset(args.env_id, args.dataset_path or None, args.dataset_size or None)
+        envs = make_vector_env(args)
+        size, path = args.dataset_size or None, args.dataset_path or None
+        dataset = load_dataset(args.env_id, path, size, source=args.dataset_source)
     except ValueError as error:
         fail(str(error))
+    if dataset.local:
+        args.dataset_source = "local"  # in the config, and when the run is resumed where there is a network again
+    if args.reward_min == 0 and len(dataset):
+        args.reward_min = min(0.0, float(dataset.rewards.min()) + args.reward_bias)
     check_dataset(dataset, env, args)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     buffer = ReplayBuffer(dataset, scale.to_unit(dataset.actions), args, device)
@@ -1337,9 +1389,8 @@ def main(argv: list[str] | None = None) -> None:
         "policy": policy, "ema_policy": ema_policy, "critic": critic, "target_critic": target_critic,
         "policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer,
     }  # fmt: skip
-    run = Run(args, modules, buffer)
+    run = Run(args, modules, buffer, dataset)
     progress = run.progress
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * args.eval_episodes)
     print(f"{args.env_id}: {len(dataset)} transitions in {len(trajectory_ends(dataset))} trajectories ({dataset.source})")
     print(f"preset {args.preset} on {device}, {torch.get_num_threads()} threads; everything goes to {run.folder}/")
 
@@ -1367,7 +1418,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # Phase 2: train the critic while the policy is frozen (algorithm 2, lines 3 and 4)
         if run.at("offline"):
-            if args.num_offline_steps:
+            # A phase that looks at fewer states than there are draws candidates for those only, update by update.
+            few = 2 * args.batch_size * args.num_offline_steps < len(buffer.states)
+            if args.num_offline_steps and not few:
                 # The policy is frozen, so its candidates are drawn once; with a seed of their own, so that a resumed
                 # run draws the same ones instead of having to store them.
                 every_state = torch.arange(len(buffer.states), device=device)
@@ -1380,6 +1433,9 @@ def main(argv: list[str] | None = None) -> None:
             evals = eval_steps(args.num_offline_steps, args.num_offline_evals)
             for step in run.steps(args.num_offline_steps):
                 index = buffer.sample_index((1, args.batch_size))[0]
+                if few:
+                    states = torch.cat([buffer.obs_index[index], buffer.next_index[index]]).unique()
+                    candidates = refresh_candidates(ema_policy, buffer, candidates, states, args.num_samples)
                 info = critic_update(critic, target_critic, critic_optimizer, buffer, candidates, index, args)
                 progress["updates"] += 1
                 if (step + 1) % args.log_every == 0:
@@ -1431,6 +1487,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\nstopped by {run.stop_signal.name}; to continue: python {sys.argv[0]} --resume {run.folder}")
         raise SystemExit(128 + run.stop_signal) from None
 
+    envs.close()
     draw_summary(run, env, ema_policy, critic, args)
     if args.capture_video:
         film(args.env_id, act_optimized, scale, run.folder / "video.mp4", device)

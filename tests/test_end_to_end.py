@@ -33,7 +33,7 @@ TOY = (
 
 def start(*flags, cwd=ROOT):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "parl_diffusion_calql.py"), *flags], cwd=cwd, text=True,
+        [sys.executable, str(ROOT / "parl_diffusion_calql.py"), *flags], cwd=cwd, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -128,12 +128,13 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(finished, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_continue(number, tmp_path):
-    process = start(*TOY, "--num-cloning-steps", "1000000", "--checkpoint-seconds", "1000", "--runs", str(tmp_path))
+    flags = ["--num-cloning-steps", "1000000", "--checkpoint-seconds", "1000", "--eval-processes"]
+    process = start(*TOY, *flags, "--runs", str(tmp_path))
     deadline = time.monotonic() + 120
     while not any("cloning" in phases_seen(folder) for folder in tmp_path.iterdir()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal: to the evaluation's processes as well
     code, output = finish(process)
     (folder,) = tmp_path.iterdir()
     assert code == 128 + number
@@ -173,7 +174,7 @@ def test_another_environment(monkeypatch, tmp_path):
         space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
         return gym.wrappers.TransformObservation(env, lambda obs: obs.astype(np.float64), space)
 
-    def other_dataset(env_id, path=None, size=None):
+    def other_dataset(env_id, path=None, size=None, source="auto"):
         env, rows = other_env(env_id), {name: [] for name in ARRAYS}
         for episode in range(10):
             obs, done = env.reset(seed=episode)[0], False
@@ -193,6 +194,37 @@ def test_another_environment(monkeypatch, tmp_path):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["progress"]["phase"] == "done" and state["buffer"]["actions"].abs().max() <= 1
     assert state["results"]["after online RL"]["return"] < 0
+
+
+def test_antmaze_with_local_data_in_processes(tmp_path, capfd):
+    """Data that is not the published one marks the run; a short offline phase draws candidates as it goes."""
+    flags = "--env-id antmaze-umaze-v2 --preset laptop --dataset-source local --dataset-size 1500 --num-online-episodes 1"
+    flags += " --num-offline-steps 12 --num-offline-evals 0 --num-online-evals 0 --distill-ratio 0.01 --utd 0.01"
+    flags += " --eval-episodes 2"
+    script.main([*TOY, *flags.split(), "--eval-processes", "--runs", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("antmaze-umaze-v2-local__parl_diffusion_calql__1__")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dataset_source"] == "local" and config["data"]["local"] and len(config["data"]["sha256"]) == 64
+    assert (config["reward_bias"], config["discount"], config["preset"]) == (-1.0, 0.99, "laptop")
+    assert "LOCAL DATA" in capfd.readouterr().err
+    assert [float(row["length"]) for row in rows_of(folder) if row["success_rate"]] == 3 * [700.0]
+    script.main(["--resume", str(folder)])  # finds the same data again
+
+
+@pytest.mark.parametrize(
+    ("env_id", "preset", "reward_bias"),
+    [
+        ("antmaze-large-play-v2", "antmaze", -1.0), ("kitchen-mixed-v2", "kitchen", -4.0),
+        ("pointmaze-medium-v0", "pointmaze", -1.0), ("pointmaze-medium-navigate-singletask-v0", "ogbench", 0.0),
+        ("antmaze-large-navigate-singletask-task2-v0", "ogbench", 0.0), ("my-env-v0", "default", -1.0),
+    ],
+)  # fmt: skip
+def test_presets_follow_the_task(env_id, preset, reward_bias):
+    args = script.parse_args(["--env-id", env_id])
+    assert (args.preset, args.reward_bias) == (preset, reward_bias)
+    small = script.parse_args(["--env-id", env_id, "--preset", "laptop", "--seed", "7"])
+    assert (small.preset, small.reward_bias, small.ensemble_size, small.seed) == ("laptop", reward_bias, 2, 7)
 
 
 # --- bad input: one clear line, before any long work ---
@@ -221,7 +253,8 @@ def test_unknown_environment_names_near_matches(tmp_path):
         ("--discount 1.0", ("--discount",)),
         ("--batch-size 0", ("--batch-size",)),
         ("--num-offline-steps -1", ("--num-offline-steps",)),
-        ("--reward-min 0", ("--reward-min",)),
+        ("--reward-min 1", ("--reward-min",)),
+        ("--dataset-source download", ("no published file",)),
         ("--preset nonsense", ("nonsense", "antmaze")),
         ("--dataset-path /nowhere.npz", ("/nowhere.npz",)),
         ("--dataset-size 5", ("5",)),
@@ -253,13 +286,15 @@ def toy_dataset(**changes):
         ("rewards", np.where(np.arange(80) == 7, np.nan, 0), "row 7"),
         ("rewards", np.full(80, 5.0), "--reward-bias"),
         ("rewards", np.full(80, -5.0), "--reward-min"),
+        ("rewards", np.full(80, 1.0), "--reward-min 0"),
         ("actions", np.where(np.arange(160).reshape(80, 2) == 8, np.inf, 0), "row 4"),
     ],
 )
 def test_a_dataset_that_does_not_fit(name, value, word, tmp_path):
     write_npz(tmp_path / "data.npz", toy_dataset(**{name: value}))
-    message = error_of(*TOY, "--dataset-path", str(tmp_path / "data.npz"), "--runs", str(tmp_path))
-    assert word in message, message
+    flags = word.split() if word.startswith("--reward-min ") else []  # 0: what the data's smallest reward is
+    message = error_of(*TOY, *flags, "--dataset-path", str(tmp_path / "data.npz"), "--runs", str(tmp_path))
+    assert word.split()[0] in message if flags else word in message, message
 
 
 def test_a_truncated_or_incomplete_dataset_file(tmp_path):
@@ -303,7 +338,7 @@ def test_a_resumed_run_drops_rows_that_its_checkpoint_does_not_know(finished, tm
 def test_resume_refuses_another_dataset(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    other = lambda env_id, path, size: load_dataset(env_id, path, size, seed=9)  # noqa: E731
+    other = lambda env_id, path, size, source: load_dataset(env_id, path, size, seed=9)  # noqa: E731
     monkeypatch.setattr(script, "load_dataset", other)
     assert "another dataset" in error_of("--resume", str(folder))
 

@@ -8,10 +8,10 @@ Each family of tasks is one module with `ENV_IDS`, `make_env` and `load_dataset`
 
 import difflib
 
-from benchmarks.tasks import pointmaze
-from benchmarks.tasks.dataset import Dataset, TaskError, read_npz
+from benchmarks.tasks import antmaze, kitchen, pointmaze
+from benchmarks.tasks.dataset import Dataset, TaskError
 
-FAMILIES = (pointmaze,)
+FAMILIES = (pointmaze, antmaze, kitchen)
 
 
 def env_ids() -> list[str]:
@@ -33,21 +33,19 @@ def make_env(env_id: str, **kwargs):
     return _family(env_id).make_env(env_id, **kwargs)
 
 
-def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0) -> Dataset:
-    """Load the offline dataset of a task, collecting it first where it is collected locally and not cached yet.
+def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0, source: str = "auto") -> Dataset:
+    """Load the offline dataset of a task: from the cache, else downloaded, else collected here.
 
     Args:
         env_id: one of `env_ids()`.
-        path: read this `.npz` instead (the six arrays of `Dataset`).
-        size: number of transitions to collect, for tasks with local data. None: the task's default.
+        path: read this file instead: an `.npz` of the six arrays of `Dataset`, or the family's own format.
+        size: number of transitions to collect, for local data. None: the task's default.
         seed: seed of a local collection.
+        source: `auto`, `download` (the published file or an error) or `local` (collect here).
     Raises:
-        TaskError: the id is unknown, or a file is missing, truncated, changed on disk or of another shape.
+        TaskError: the id is unknown, the data cannot be had, or a file is missing, truncated, changed or of another shape.
     """
-    family = _family(env_id)
-    if path is not None:
-        return read_npz(path)
-    return family.load_dataset(env_id, size=size, seed=seed)
+    return _family(env_id).load_dataset(env_id, path=path, size=size, seed=seed, source=source)
 
 
 def _family(env_id: str):

@@ -1,12 +1,17 @@
 """The dataset container, and reading and writing it: atomic, verified, without pickle."""
 
+import contextlib
 import hashlib
+import json
+import multiprocessing
 import os
 import pathlib
+import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from tqdm import tqdm
 
 ARRAYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -20,13 +25,13 @@ class Dataset:
     """N transitions in recorded order: a trajectory is a run of rows that ends where `terminals` or `timeouts` is set."""
 
     observations: np.ndarray
-    """(N, O) float32."""
+    """(N, O) float32; of a task seen through a camera a dict of `image` (N, H, W, 3) uint8 and `proprio` (N, P) float32."""
     actions: np.ndarray
     """(N, A) float32, in the environment's action space."""
     rewards: np.ndarray
     """(N,) float32, as the environment gives them (no bias, no scale)."""
     next_observations: np.ndarray
-    """(N, O) float32."""
+    """As `observations`."""
     terminals: np.ndarray
     """(N,) bool: the state after this row is absorbing."""
     timeouts: np.ndarray
@@ -35,6 +40,10 @@ class Dataset:
     """Where it came from: a path or `collected locally ...`."""
     sha256: str = ""
     """Of the file's bytes."""
+    local: bool = False
+    """Collected on this machine in place of a published file: results are not comparable with published ones."""
+    infos: dict[str, np.ndarray] = field(default_factory=dict)
+    """What else the file holds for each row (D4RL: goal, qpos, qvel); the algorithms do not look at it."""
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -84,19 +93,135 @@ def read_npz(path, sha256: str | None = None) -> Dataset:
 
 def write_npz(path, dataset: Dataset) -> str:
     """Write a dataset so that `path` either holds all of it or does not exist; return the sha256 of its bytes."""
+    arrays = {name: getattr(dataset, name) for name in ARRAYS}
+    return write_once(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def write_once(path, write) -> str:
+    """`write(file)` into a new file that takes the name `path` when it is whole; return the sha256 of its bytes.
+
+    A note beside it, `<path>.json`, keeps that sum for `verify`.
+
+    Raises:
+        TaskError: the folder cannot be written to, or the disk is full.
+    """
     path = pathlib.Path(path)
-    try:
+    with writing_to_cache(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may collect the same data
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may make the same file
         try:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, **{name: getattr(dataset, name) for name in ARRAYS})
+            with open(temporary, "w+b") as file:
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            digest = file_sha256(temporary)
+            write_note(path, digest)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise TaskError(f"cannot write the dataset to {path} ({error.strerror}); set PARL_CACHE to another folder") from error
     return digest
+
+
+@contextlib.contextmanager
+def one_at_a_time(path):
+    """Let other processes that want to make the same file wait (runs with several seeds start together)."""
+    path = pathlib.Path(path)
+    with contextlib.ExitStack() as stack:
+        with writing_to_cache(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_name(path.name + ".lock"), "w"))
+        with contextlib.suppress(ImportError):  # Windows: no lock, and the later of two replaces the earlier
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def writing_to_cache(path):
+    """Turn the system's complaints about a folder or disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise TaskError(f"cannot write the dataset to {path} ({reason}); set PARL_CACHE to another folder") from error
+
+
+def write_note(path: pathlib.Path, digest: str) -> None:
+    """Keep the sum of a file's bytes beside it, in `<path>.json`."""
+    note = _note(path)
+    partial = note.with_name(f"{note.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps({"sha256": digest}))
+    os.replace(partial, note)
+
+
+def verify(path) -> str:
+    """The sha256 of a file in the cache, which must be what it was when the file was made.
+
+    Raises:
+        TaskError: the file or its note is missing, or the file changed.
+    """
+    path = pathlib.Path(path)
+    try:
+        expected = json.loads(_note(path).read_text())["sha256"]
+        digest = file_sha256(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TaskError(f"{path} or its note {_note(path).name} is not readable; delete both to build it anew") from error
+    if digest != expected:
+        raise TaskError(f"{path} changed on disk (sha256 {digest[:12]}, expected {expected[:12]}); delete it to build it anew")
+    return digest
+
+
+def _note(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".json")
+
+
+def file_sha256(path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def announce_local_data(env_id: str, reason: str, what: str) -> None:
+    """The notice that local data stands in for published data. `reason`: why; `what`: what is used instead."""
+    marked = "results on it are not comparable with published ones; the run is marked `local`"
+    lines = (f"LOCAL DATA for {env_id}", reason, what, marked)
+    print("\n" + "!" * 100, *(f"!!  {line}" for line in lines), "!" * 100 + "\n", sep="\n", file=sys.stderr, flush=True)
+
+
+def check_numbers(name: str, array: np.ndarray, path, shape: tuple | None = None) -> np.ndarray:
+    """`array` as it is, if it holds numbers and, after the first dimension, has this shape."""
+    if array.dtype == object or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise TaskError(f"{path}: {name} has dtype {array.dtype}; it must be a number")
+    if shape is not None and array.shape[1:] != shape:
+        raise TaskError(f"{path}: {name} has shape {array.shape}; this task needs {('N', *shape)}".replace("'", ""))
+    return array
+
+
+def collect_in_chunks(worker, jobs: list[tuple], description: str, processes: int | None = None) -> list:
+    """`worker(*job)` for every job, on all cores; the results in the jobs' order, so that they do not depend on the cores.
+
+    worker: a function of a module, which draws its random numbers from a seed in its job. jobs: tuples whose last entry
+    is a number of transitions, for the progress bar.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(processes or cores, len(jobs))
+    results = []
+    with tqdm(total=sum(job[-1] for job in jobs), desc=description, unit="step", mininterval=0.5) as bar:
+        # fork where there is fork: the workers use no torch, and a spawned one would import the whole script again
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+        with multiprocessing.get_context(method).Pool(processes) as pool:
+            for job, result in zip(jobs, pool.imap(_Star(worker), jobs)):
+                results.append(result)
+                bar.update(job[-1])
+    return results
+
+
+class _Star:
+    """worker -> a function of the tuple of its arguments (a lambda could not be sent to another process)."""
+
+    def __init__(self, worker):
+        self.worker = worker
+
+    def __call__(self, job):
+        return self.worker(*job)

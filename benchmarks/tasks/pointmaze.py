@@ -13,7 +13,6 @@ import functools
 import hashlib
 import heapq
 import inspect
-import json
 import os
 import sys
 
@@ -21,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.tasks.dataset import Dataset, TaskError, cache_dir, read_npz, write_npz
+from benchmarks.tasks.dataset import Dataset, TaskError, cache_dir, read_npz, verify, write_npz
 
 # `#` wall, `R` reset cell, `G` goal cell. The mazes and their start and goal are D4RL's (AntMaze's evaluation mazes).
 MAPS = {
@@ -77,27 +76,26 @@ def _point_maze_class():
     return FixedGoalPointMaze
 
 
-def load_dataset(env_id: str, size: int | None = None, seed: int = 0) -> Dataset:
-    """The task's dataset, from the cache or collected now. The cache's name contains what the content depends on."""
+def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0, source: str = "auto") -> Dataset:
+    """The task's dataset, from the cache or collected now. The cache's name contains what the content depends on.
+
+    There is nothing to download: this data is the task's own, so it is not marked as local.
+    """
+    if path is not None:
+        return read_npz(path)
+    if source == "download":
+        raise TaskError(f"{env_id} has no published file; its data is collected here (leave out --dataset-source download)")
     name = env_id.split("-")[1]
     size = DATASET_SIZE[name] if size is None else size
     if size < MAX_STEPS[name]:
         raise TaskError(f"a dataset of {size} transitions is shorter than one episode ({MAX_STEPS[name]}); ask for more")
     recipe = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
     path = cache_dir() / "pointmaze" / f"{env_id}-{size}-seed{seed}-{recipe}.npz"
-    note = path.with_suffix(".json")
-    if path.is_file() and note.is_file():
-        try:
-            sha256 = json.loads(note.read_text())["sha256"]
-        except (ValueError, KeyError) as error:
-            raise TaskError(f"{note} is not readable; delete it and {path.name} to collect the data anew") from error
-        dataset = read_npz(path, sha256)
+    if path.is_file():
+        dataset = read_npz(path, verify(path))
     else:
         dataset = collect(env_id, size, seed)
         dataset.sha256 = write_npz(path, dataset)
-        partial = note.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"sha256": dataset.sha256, "transitions": size, "seed": seed}))
-        os.replace(partial, note)
     dataset.source = f"collected locally by benchmarks/tasks/pointmaze.py, seed {seed}"
     return dataset
 
