@@ -167,6 +167,9 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 
+# --- COMMAND LINE ---
+
+
 def task_family(env_id: str) -> str:
     """The preset of a task."""
     family = "ogbench" if "-singletask-" in env_id else env_id.split("-")[0]
@@ -217,11 +220,14 @@ def _resumed_args(folder: str, argv: list[str] | None) -> Args:
 
 def check_args(args: Args) -> None:
     """Refuse values that cannot work, before anything long begins."""
-    low = dict.fromkeys(("eval_episodes", "batch_size", "cloning_batch_size", "diffusion_steps", "log_every"), 1)
+    low = dict.fromkeys(("eval_episodes", "batch_size", "cloning_batch_size", "log_every"), 1)
     low |= {"num_keep": 1, "target_subset": 1, "num_bins": 2, "discount": 0, "mixing_ratio": 0, "cql_actions": 0}
     low |= dict.fromkeys(("num_cloning_steps", "num_offline_steps", "num_online_episodes", "num_gradient_steps"), 0)
     high = {"num_keep": "num_samples", "target_subset": "ensemble_size", "discount": 0.99999, "mixing_ratio": 1}
+    low |= {"diffusion_steps": 1, "policy_bins": 2}
     for name, least in low.items():
+        if not hasattr(args, name):  # a flag of another script
+            continue
         flag, value = "--" + name.replace("_", "-"), getattr(args, name)
         most = high.get(name, math.inf)
         limit = getattr(args, most) if isinstance(most, str) else most
@@ -267,6 +273,7 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_dim, action_dim, num_steps=5, hidden=256, blocks=3, time_dim=128, dropout=0.1):
         super().__init__()
         self.obs_dim, self.action_dim, self.num_steps = obs_dim, action_dim, num_steps
+        self.width = 4 * hidden  # floats of a sample's largest activation
         self.frequencies = nn.Parameter(0.2 * torch.randn(time_dim // 2))  # learnable Fourier features of the step
         self.time1 = nn.Linear(time_dim, 2 * time_dim)
         self.time2 = nn.Linear(2 * time_dim, time_dim)
@@ -315,8 +322,9 @@ class DiffusionPolicy(nn.Module):
         return (self.predict_noise(obs_part + time_parts[t], noisy_actions) - noise).square().sum(-1).mean()
 
     def draw_noise(self, obs, num_samples):
-        """What `sample` uses up for obs (B, O): standard normal, (K + 1, B, n, A)."""
-        return torch.randn(self.num_steps + 1, len(obs), num_samples, self.action_dim, device=obs.device)
+        """What `sample` uses up for obs (B, O): standard normal, (B, K + 1, n, A)."""
+        noise = torch.randn(self.num_steps + 1, len(obs), num_samples, self.action_dim, device=obs.device)
+        return noise.transpose(0, 1)
 
     @torch.no_grad()
     def sample(self, obs, num_samples, noise=None):
@@ -325,11 +333,11 @@ class DiffusionPolicy(nn.Module):
         Args:
             obs: (B, O).
             num_samples: n per state.
-            noise: (K + 1, B, n, A) standard normal; the first is a_K, the last is not used. None: drawn here.
+            noise: (B, K + 1, n, A) standard normal; the first is a_K, the last is not used. None: drawn here.
         Returns:
             actions (B, n, A).
         """
-        noise = self.draw_noise(obs, num_samples) if noise is None else noise
+        noise = (self.draw_noise(obs, num_samples) if noise is None else noise).transpose(0, 1)
         obs_part, time_parts = self.first_layer_parts(obs)
         actions = noise[0]
         for i, t in enumerate(reversed(range(self.num_steps))):
@@ -340,6 +348,9 @@ class DiffusionPolicy(nn.Module):
                 actions = actions + beta.sqrt() * noise[i + 1]
             actions = actions.clamp(-1, 1)
         return actions
+
+
+# --- SUPERVISED LEARNING ---
 
 
 def cloning_lr(step: int, args: Args) -> float:
@@ -649,7 +660,7 @@ def single_threaded_workers(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
-# --- CAL-QL ---
+# --- HL-GAUSS ---
 
 
 def hl_gauss_target(values, edges, release_width=False):
@@ -670,6 +681,13 @@ def hl_gauss_target(values, edges, release_width=False):
     a, b = torch.where(upper_tail, -right, left), torch.where(upper_tail, -left, right)
     log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
     return torch.softmax(log_b + torch.log1p(-torch.exp(log_a - log_b)), -1)
+
+
+# --- CAL-QL ---
+
+LOSSES = (  # the metrics of `critic_update`
+    "critic_loss", "td_loss", "cql_loss", "q_data", "q_random", "q_optimized", "target_q", "bound_rate", "q_std",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -899,11 +917,47 @@ def refresh_candidates(policy, buffer, candidates, states, num_samples):
         candidates = torch.cat([candidates, candidates.new_zeros(missing, *candidates.shape[1:])])
     for index in states.split(4096):
         obs = buffer.states[index]
-        noise = policy.draw_noise(obs, num_samples).transpose(0, 1)  # states first
-        sample = lambda obs, noise: policy.sample(obs, num_samples, noise.transpose(0, 1))  # noqa: E731
-        width = 4 * policy.last.in_features
-        candidates[index] = over_states(sample, obs, noise, floats_per_state=num_samples * width)
+        noise = policy.draw_noise(obs, num_samples)
+        sample = lambda obs, noise: policy.sample(obs, num_samples, noise)  # noqa: E731
+        candidates[index] = over_states(sample, obs, noise, floats_per_state=num_samples * policy.width)
     return candidates
+
+
+# --- DISTILLATION ---
+
+
+def distill(policy, ema_policy, optimizer, critic, buffer, candidates, num_updates, greedy, args: Args):
+    """Section 4.2: annotate states of the buffer with optimized actions (equation 4.4), then clone those.
+
+    The critic does not change meanwhile, so all annotations of the round are made first, from the current policy's
+    candidates. Returns the cache and, as metrics, the mean loss of the policy and the mean Q of the annotations.
+    """
+    states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size)).flatten()]
+    candidates = refresh_candidates(ema_policy, buffer, candidates, states.unique(), args.num_samples)
+    targets, values = [], []
+    for part in states.split(4096):
+        data_actions = buffer.action_at[part] if args.use_data_actions else None
+        actions, q = optimize(critic, buffer.states[part], candidates[part], args, data_actions)
+        targets.append(select_actions(actions, q, greedy))
+        values.append(q.max(1).values)
+    obs = buffer.states[states].view(num_updates, args.batch_size, -1)
+    targets = torch.cat(targets).view(num_updates, args.batch_size, -1)
+    losses = [policy_update(policy, ema_policy, optimizer, o, a, args.policy_ema) for o, a in zip(obs, targets)]
+    return candidates, {"distill_loss": torch.stack(losses).mean(), "distill_q": torch.cat(values).mean()}
+
+
+def choose_greedy_distillation(args: Args, progress: dict) -> bool:
+    """Appendix B.1: teach the argmax where the candidates' Q differ too little for samples of eq. 4.3 to prefer any.
+
+    The paper gives no threshold. Equation 4.3's softmax has temperature 1, so that candidates whose Q differ by less
+    than about 1 are nearly equally likely: below a standard deviation of 1 samples would hardly improve the policy.
+    """
+    if args.distill_selection != "auto" or progress["q_std_count"] == 0:  # 0: no offline phase to measure it in
+        return args.distill_selection == "greedy" or (args.distill_selection == "auto" and args.greedy_rollouts)
+    std = progress["q_std_sum"] / progress["q_std_count"]
+    greedy = std < args.greedy_below_std
+    tqdm.write(f"standard deviation of the candidates' Q: {std:.3f}; distilling {'the argmax' if greedy else 'samples'}")
+    return greedy
 
 
 # --- ACTING AND EVALUATING ---
@@ -1038,8 +1092,7 @@ def check_optional_parts(args: Args) -> None:
 PHASES = ("cloning", "offline", "online", "done")
 COLUMNS = (
     "phase", "step", "updates", "episodes", "env_steps", "seconds", "success_rate", "score", "return", "length",
-    "policy_loss", "critic_loss", "td_loss", "cql_loss", "q_data", "q_random", "q_optimized", "target_q", "bound_rate", "q_std",
-    "episode_success", "episode_length", "distill_loss", "distill_q", "updates_per_second",
+    "policy_loss", *LOSSES, "episode_success", "episode_length", "distill_loss", "distill_q", "updates_per_second",
 )  # fmt: skip
 
 
@@ -1312,40 +1365,6 @@ def draw_maze(ax, env, maze) -> None:
 # --- MAIN ---
 
 
-def distill(policy, ema_policy, optimizer, critic, buffer, candidates, num_updates, greedy, args: Args):
-    """Section 4.2: annotate states of the buffer with optimized actions (equation 4.4), then clone those.
-
-    The critic does not change meanwhile, so all annotations of the round are made first, from the current policy's
-    candidates. Returns the cache, the mean loss of the policy, and the mean Q of the annotations.
-    """
-    states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size)).flatten()]
-    candidates = refresh_candidates(ema_policy, buffer, candidates, states.unique(), args.num_samples)
-    targets, values = [], []
-    for part in states.split(4096):
-        data_actions = buffer.action_at[part] if args.use_data_actions else None
-        actions, q = optimize(critic, buffer.states[part], candidates[part], args, data_actions)
-        targets.append(select_actions(actions, q, greedy))
-        values.append(q.max(1).values)
-    obs = buffer.states[states].view(num_updates, args.batch_size, -1)
-    targets = torch.cat(targets).view(num_updates, args.batch_size, -1)
-    losses = [policy_update(policy, ema_policy, optimizer, o, a, args.policy_ema) for o, a in zip(obs, targets)]
-    return candidates, torch.stack(losses).mean(), torch.cat(values).mean()
-
-
-def choose_greedy_distillation(args: Args, progress: dict) -> bool:
-    """Appendix B.1: teach the argmax where the candidates' Q differ too little for samples of eq. 4.3 to prefer any.
-
-    The paper gives no threshold. Equation 4.3's softmax has temperature 1, so that candidates whose Q differ by less
-    than about 1 are nearly equally likely: below a standard deviation of 1 samples would hardly improve the policy.
-    """
-    if args.distill_selection != "auto" or progress["q_std_count"] == 0:  # 0: no offline phase to measure it in
-        return args.distill_selection == "greedy" or (args.distill_selection == "auto" and args.greedy_rollouts)
-    std = progress["q_std_sum"] / progress["q_std_count"]
-    greedy = std < args.greedy_below_std
-    tqdm.write(f"standard deviation of the candidates' Q: {std:.3f}; distilling {'the argmax' if greedy else 'samples'}")
-    return greedy
-
-
 def eval_steps(total: int, count: int) -> set[int]:
     """`count` evaluations spread evenly over `total` steps, without the last one, which the phase's end makes."""
     return set(np.linspace(0, total, count + 1, dtype=int)[1:-1].tolist())
@@ -1463,10 +1482,11 @@ def main(argv: list[str] | None = None) -> None:
                 metrics = {"episode_success": episode["success"], "episode_length": length}
                 num_distill, num_critic = round(length * args.distill_ratio), round(length * args.utd)
                 if num_distill:
-                    candidates, metrics["distill_loss"], metrics["distill_q"] = distill(
+                    candidates, info = distill(
                         policy, ema_policy, policy_optimizer, critic, buffer, candidates, num_distill,
                         progress["greedy_distillation"], args,
                     )  # fmt: skip
+                    metrics |= info
                 index = buffer.sample_index((num_critic, args.batch_size))
                 states = torch.cat([buffer.obs_index[index], buffer.next_index[index]]).unique()
                 candidates = refresh_candidates(ema_policy, buffer, candidates, states, args.num_samples)

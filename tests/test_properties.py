@@ -683,7 +683,7 @@ class MarkingPolicy(script.DiffusionPolicy):
     def sample(self, obs, num_samples, noise=None):
         noise = self.draw_noise(obs, num_samples) if noise is None else noise
         of_state = obs[:, None, :1].expand(-1, num_samples, -1)
-        return torch.cat([of_state, noise[0, ..., :1], torch.full_like(of_state, self.time)], -1)
+        return torch.cat([of_state, noise[:, 0, :, :1], torch.full_like(of_state, self.time)], -1)
 
 
 def check_drawn(candidates, states, buffer):
@@ -787,12 +787,12 @@ def test_ema_update():
 
 def test_samples_depend_on_their_own_state_and_noise():
     policy = script.DiffusionPolicy(OBS, ACT, 5, 16, 2, 8).eval()
-    obs, noise = torch.randn(4, OBS), torch.randn(6, 4, 3, ACT)
+    obs, noise = torch.randn(4, OBS), torch.randn(4, 6, 3, ACT)
     actions = policy.sample(obs, 3, noise)
     assert actions.shape == (4, 3, ACT) and (actions.abs() <= 1).all() and not actions.requires_grad
     for b in range(4):
         for i in range(3):
-            torch.testing.assert_close(policy.sample(obs[b : b + 1], 1, noise[:, b : b + 1, i : i + 1])[0, 0], actions[b, i])
+            torch.testing.assert_close(policy.sample(obs[b : b + 1], 1, noise[b : b + 1, :, i : i + 1])[0, 0], actions[b, i])
     assert len(policy.sample(obs[:1].expand(50, -1), 4).view(-1, ACT).unique(dim=0)) > 100  # drawn anew without noise given
 
 
@@ -824,7 +824,7 @@ def test_diffusion_loss_adds_the_schedules_noise(t, monkeypatch):
 
 def test_dropout_in_training_only():
     policy = script.DiffusionPolicy(OBS, ACT, 5, 16, 1, 8, dropout=0.5)
-    obs, noise = torch.randn(4, OBS), torch.randn(6, 4, 3, ACT)
+    obs, noise = torch.randn(4, OBS), torch.randn(4, 6, 3, ACT)
     assert not torch.equal(policy.train().sample(obs, 3, noise), policy.sample(obs, 3, noise))
     assert torch.equal(policy.eval().sample(obs, 3, noise), policy.sample(obs, 3, noise))
 

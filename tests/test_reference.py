@@ -480,11 +480,11 @@ def test_diffusion_sampling():
     policy, repeat = make_policy(v, "target_actor").eval(), v["repeat"]  # the release samples the averaged copy
     assert v["z_timesteps"].tolist() == [4, 3, 2, 1, 0]
     # Row b of obs is rows 4b to 4b + 3 of the release's noise; its last draw, like ours, is not used.
-    noise = torch.cat([v["x_T"][None], v["z"]]).view(6, 6, repeat, 3)
+    noise = torch.cat([v["x_T"][None], v["z"]]).view(6, 6, repeat, 3).transpose(0, 1)  # states first
     actions = policy.sample(v["obs"][:, 0], repeat, noise)
     check(actions, v["actions"], what="actions")
     assert (v["actions"].abs() == 1).any() and (v["actions"].abs() < 1).any()  # clipped and not: both are covered
-    noise[-1] = torch.nan
+    noise[:, -1] = torch.nan
     assert torch.equal(policy.sample(v["obs"][:, 0], repeat, noise), actions)
 
 
