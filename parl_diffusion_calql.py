@@ -158,11 +158,11 @@ PRESETS: dict[str, dict] = {
     ),
     # On top of the family's: what two CPU cores train in about half an hour.
     "laptop": dict(
-        num_cloning_steps=20_000, num_offline_steps=20_000, num_online_episodes=60, eval_episodes=50,
+        dataset_size=200_000, num_cloning_steps=20_000, num_offline_steps=12_000, num_online_episodes=50, eval_episodes=50,
         num_offline_evals=3, num_online_evals=3, policy_hidden=128, policy_blocks=2, policy_dropout=0.0,
         cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, distill_lr=3e-4, ensemble_size=2,
         critic_hidden=(256, 256), critic_lr=1e-3, batch_size=128, target_tau=0.02, num_bins=64, cql_actions=4,
-        num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.01,
+        num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.01, utd=0.5, distill_ratio=0.5,
     ),
 }  # fmt: skip
 
@@ -244,6 +244,8 @@ def fail(message: str):
 
 
 # --- DIFFUSION POLICY ---
+
+POLICY_METRICS = ("policy_loss",)
 
 
 def cosine_beta_schedule(num_steps: int, s: float = 0.008) -> torch.Tensor:
@@ -926,24 +928,28 @@ def refresh_candidates(policy, buffer, candidates, states, num_samples):
 # --- DISTILLATION ---
 
 
-def distill(policy, ema_policy, optimizer, critic, buffer, candidates, num_updates, greedy, args: Args):
+def distill(policy, ema_policy, optimizer, critic, buffer, candidates, num_updates, greedy, args: Args, sampler=None):
     """Section 4.2: annotate states of the buffer with optimized actions (equation 4.4), then clone those.
 
-    The critic does not change meanwhile, so all annotations of the round are made first, from the current policy's
-    candidates. Returns the cache and, as metrics, the mean loss of the policy and the mean Q of the annotations.
+    The critic does not change meanwhile, so all annotations of the round are made first, from candidates drawn now (by
+    `sampler`, the policy that is sampled if None). Returns the cache, the targets (num_updates, B, A) and, as metrics, the
+    policy's mean loss, and of the annotations the mean Q and its standard deviation over the candidates of a state.
     """
     states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size)).flatten()]
-    candidates = refresh_candidates(ema_policy, buffer, candidates, states.unique(), args.num_samples)
-    targets, values = [], []
+    candidates = refresh_candidates(sampler or ema_policy, buffer, candidates, states.unique(), args.num_samples)
+    targets, values, stds = [], [], []
     for part in states.split(4096):
         data_actions = buffer.action_at[part] if args.use_data_actions else None
         actions, q = optimize(critic, buffer.states[part], candidates[part], args, data_actions)
         targets.append(select_actions(actions, q, greedy))
         values.append(q.max(1).values)
+        stds.append(q.std(1, correction=0))
     obs = buffer.states[states].view(num_updates, args.batch_size, -1)
     targets = torch.cat(targets).view(num_updates, args.batch_size, -1)
     losses = [policy_update(policy, ema_policy, optimizer, o, a, args.policy_ema) for o, a in zip(obs, targets)]
-    return candidates, {"distill_loss": torch.stack(losses).mean(), "distill_q": torch.cat(values).mean()}
+    names = ("distill_loss", "distill_q", "distill_q_std")
+    metrics = dict(zip(names, (torch.stack(losses).mean(), torch.cat(values).mean(), torch.cat(stds).mean())))
+    return candidates, targets, metrics
 
 
 def choose_greedy_distillation(args: Args, progress: dict) -> bool:
@@ -954,10 +960,7 @@ def choose_greedy_distillation(args: Args, progress: dict) -> bool:
     """
     if args.distill_selection != "auto" or progress["q_std_count"] == 0:  # 0: no offline phase to measure it in
         return args.distill_selection == "greedy" or (args.distill_selection == "auto" and args.greedy_rollouts)
-    std = progress["q_std_sum"] / progress["q_std_count"]
-    greedy = std < args.greedy_below_std
-    tqdm.write(f"standard deviation of the candidates' Q: {std:.3f}; distilling {'the argmax' if greedy else 'samples'}")
-    return greedy
+    return progress["q_std_sum"] / progress["q_std_count"] < args.greedy_below_std
 
 
 # --- ACTING AND EVALUATING ---
@@ -1092,7 +1095,8 @@ def check_optional_parts(args: Args) -> None:
 PHASES = ("cloning", "offline", "online", "done")
 COLUMNS = (
     "phase", "step", "updates", "episodes", "env_steps", "seconds", "success_rate", "score", "return", "length",
-    "policy_loss", *LOSSES, "episode_success", "episode_length", "distill_loss", "distill_q", "updates_per_second",
+    *POLICY_METRICS, *LOSSES, "episode_success", "episode_length", "distill_loss", "distill_q", "distill_q_std",
+    "updates_per_second",
 )  # fmt: skip
 
 
@@ -1466,7 +1470,11 @@ def main(argv: list[str] | None = None) -> None:
                     run.record("offline RL", evaluate(envs, act_optimized, scale, args, device))
             if args.num_offline_steps:
                 run.record("after offline RL", evaluate(envs, act_optimized, scale, args, device), final=True)
-            progress["greedy_distillation"] = choose_greedy_distillation(args, progress)
+            greedy = progress["greedy_distillation"] = choose_greedy_distillation(args, progress)
+            if progress["q_std_count"]:
+                std = progress["q_std_sum"] / progress["q_std_count"]
+                teaches = "the argmax" if greedy else "samples"
+                tqdm.write(f"standard deviation of the candidates' Q: {std:.3f}; distilling {teaches}")
             policy_optimizer.state.clear()  # online starts with fresh moments (release), the policy at a constant rate
             critic_optimizer.state.clear()
             policy_optimizer.param_groups[0]["lr"] = args.distill_lr
@@ -1482,7 +1490,7 @@ def main(argv: list[str] | None = None) -> None:
                 metrics = {"episode_success": episode["success"], "episode_length": length}
                 num_distill, num_critic = round(length * args.distill_ratio), round(length * args.utd)
                 if num_distill:
-                    candidates, info = distill(
+                    candidates, _, info = distill(
                         policy, ema_policy, policy_optimizer, critic, buffer, candidates, num_distill,
                         progress["greedy_distillation"], args,
                     )  # fmt: skip
