@@ -224,7 +224,9 @@ def check_args(args: Args) -> None:
     low |= {"num_keep": 1, "target_subset": 1, "num_bins": 2, "discount": 0, "mixing_ratio": 0, "cql_actions": 0}
     low |= dict.fromkeys(("num_cloning_steps", "num_offline_steps", "num_online_episodes", "num_gradient_steps"), 0)
     high = {"num_keep": "num_samples", "target_subset": "ensemble_size", "discount": 0.99999, "mixing_ratio": 1}
-    low |= {"diffusion_steps": 1, "policy_bins": 2}
+    high |= {"expectile": 0.999}
+    low |= dict.fromkeys(("diffusion_steps", "policy_heads", "distill_every", "num_warmup_episodes"), 1)
+    low |= {"policy_bins": 2, "expectile": 0.001, "refresh_every": 0}
     for name, least in low.items():
         if not hasattr(args, name):  # a flag of another script
             continue
@@ -236,6 +238,8 @@ def check_args(args: Args) -> None:
             fail(f"{flag} {value} must be at least {least}" + (f" and at most {most}" if limit < math.inf else ""))
     if args.reward_min > 0:
         fail(f"--reward-min {args.reward_min} must not be positive: rewards are biased so that the best one is 0")
+    if hasattr(args, "policy_heads") and args.policy_width % args.policy_heads:
+        fail(f"--policy-heads {args.policy_heads} must divide --policy-width ({args.policy_width})")
 
 
 def fail(message: str):

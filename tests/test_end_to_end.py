@@ -31,9 +31,9 @@ TOY = (
 ).split()
 
 
-def start(*flags, cwd=ROOT):
+def start(*flags, cwd=ROOT, script="parl_diffusion_calql.py"):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "parl_diffusion_calql.py"), *flags], cwd=cwd, text=True, start_new_session=True,
+        [sys.executable, str(ROOT / script), *flags], cwd=cwd, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -7,11 +7,20 @@ Each family of tasks is one module with `ENV_IDS`, `make_env` and `load_dataset`
 """
 
 import difflib
+import os
 
-from benchmarks.tasks import antmaze, kitchen, pointmaze
+try:
+    import mujoco  # noqa: F401  it loads the renderer that MUJOCO_GL names
+except Exception as error:  # of whatever kind the renderer's bindings raise
+    raise SystemExit(
+        f"error: MuJoCo cannot be imported with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({error}); `egl` needs "
+        "apt-get install libegl1, `osmesa` needs apt-get install libosmesa6, and without images it may be left unset"
+    ) from None
+
+from benchmarks.tasks import antmaze, kitchen, ogbench_singletask, pointmaze
 from benchmarks.tasks.dataset import Dataset, TaskError
 
-FAMILIES = (pointmaze, antmaze, kitchen)
+FAMILIES = (pointmaze, antmaze, kitchen, ogbench_singletask)
 
 
 def env_ids() -> list[str]:
@@ -26,7 +35,8 @@ def make_env(env_id: str, **kwargs):
         env_id: one of `env_ids()`.
         kwargs: passed to the family, e.g. `render_mode="rgb_array"`.
     Returns:
-        a `gymnasium.Env` with float32 vector observations; `info["success"]` says whether the goal was reached.
+        a `gymnasium.Env` whose observations are float32 vectors (of `visual-*` a dict of `image` and `proprio`);
+        `info["success"]` says whether the goal was reached.
     Raises:
         TaskError: the id is unknown; the message lists near matches.
     """

@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -198,30 +201,31 @@ def check_numbers(name: str, array: np.ndarray, path, shape: tuple | None = None
     return array
 
 
-def collect_in_chunks(worker, jobs: list[tuple], description: str, processes: int | None = None) -> list:
+def collect_in_chunks(worker, jobs: list[tuple], description: str, processes: int | None = None, renders=False) -> list:
     """`worker(*job)` for every job, on all cores; the results in the jobs' order, so that they do not depend on the cores.
 
     worker: a function of a module, which draws its random numbers from a seed in its job. jobs: tuples whose last entry
-    is a number of transitions, for the progress bar.
+    is a number of transitions, for the progress bar. renders: the worker draws images.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(processes or cores, len(jobs))
-    results = []
-    with tqdm(total=sum(job[-1] for job in jobs), desc=description, unit="step", mininterval=0.5) as bar:
-        # fork where there is fork: the workers use no torch, and a spawned one would import the whole script again
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        with multiprocessing.get_context(method).Pool(processes) as pool:
-            for job, result in zip(jobs, pool.imap(_Star(worker), jobs)):
+    processes, results = min(processes or cores, len(jobs)), []
+    # Forked where that is possible, because a spawned process imports the whole script again; but after a fork a
+    # renderer waits for ever for the threads of its parent's driver.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() and not renders else "spawn"
+    ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # this process sees to it
+    with (
+        tqdm(total=sum(job[-1] for job in jobs), desc=description, unit="step", mininterval=0.5) as bar,
+        ProcessPoolExecutor(processes, multiprocessing.get_context(method), **ignore_ctrl_c) as pool,
+    ):
+        try:
+            for job, result in zip(jobs, pool.map(worker, *zip(*jobs))):
                 results.append(result)
                 bar.update(job[-1])
+        except BrokenProcessPool as error:
+            raise TaskError(f"{description}: a process ended unexpectedly; was memory short?") from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # not to wait for the chunks under way
+                process.terminate()
+            raise
     return results
-
-
-class _Star:
-    """worker -> a function of the tuple of its arguments (a lambda could not be sent to another process)."""
-
-    def __init__(self, worker):
-        self.worker = worker
-
-    def __call__(self, job):
-        return self.worker(*job)
