@@ -90,7 +90,7 @@ class Args:
     num_offline_steps: int = 1_000_000  # phase 2: updates of the critic; 0: no offline phase
     num_online_episodes: int = 1_000  # phase 3: episodes; 0: offline only
     eval_episodes: int = 32  # episodes of an evaluation
-    eval_processes: bool = True  # simulate each of them in a process of its own
+    eval_processes: bool = True  # simulate them in processes, two for each core
     num_offline_evals: int = 10  # evaluations spread over phase 2
     num_online_evals: int = 10  # evaluations spread over phase 3
     log_every: int = 100  # updates between two rows of metrics
@@ -1008,29 +1008,32 @@ def collect_episode(env, act, scale: ActionScale, seed: int, device) -> dict:
 
 
 def evaluate(envs, act, scale: ActionScale, args: Args, device) -> dict:
-    """Run `act` for one episode in each of the vectorised environments, always from the same starts.
+    """Run `act` for args.eval_episodes episodes, as many at a time as there are environments, always from the same starts.
 
     Returns success_rate in [0, 1], score (100 x success, or 25 x sub-tasks completed where the environment counts them),
     return (rewards with the bias, undiscounted), length (decisions), and the trajectories as a list of (steps + 1, O).
     """
-    n = envs.num_envs
-    obs, _ = envs.reset(seed=EVAL_SEED)
-    observations, active = [obs], np.ones(n, bool)
-    success, scores, returns, lengths = np.zeros(n, bool), np.zeros(n), np.zeros(n), np.zeros(n, int)
-    actions = np.zeros(envs.action_space.shape, np.float32)
-    while active.any():
-        rows = np.flatnonzero(active)
-        actions[rows] = scale.to_env(act(torch.as_tensor(obs[rows], dtype=torch.float32, device=device)).cpu().numpy())
-        obs, reward, terminated, truncated, info = envs.step(actions)
-        observations.append(obs)
-        success |= active & np.asarray(info.get("success", np.zeros(n)), bool)
-        now = 25 * np.asarray(info["completed"]) if "completed" in info else 100 * success
-        scores = np.where(active, np.maximum(scores, now), scores)
-        returns += active * (reward + args.reward_bias)
-        lengths += active
-        active &= ~(terminated | truncated)  # an environment that ended restarts by itself; its new episode is ignored
-    stacked = np.stack(observations)  # (time, n, O)
-    trajectories = [stacked[: lengths[i] + 1, i] for i in range(n)]
+    n, total = envs.num_envs, args.eval_episodes
+    success, scores, returns, lengths = np.zeros(total, bool), np.zeros(total), np.zeros(total), np.zeros(total, int)
+    actions, trajectories = np.zeros(envs.action_space.shape, np.float32), []
+    for first in range(0, total, n):
+        obs, _ = envs.reset(seed=[EVAL_SEED + first + i for i in range(n)])
+        episodes, active = first + np.arange(n), first + np.arange(n) < total
+        observations = [obs]
+        while active.any():
+            rows = np.flatnonzero(active)
+            actions[rows] = scale.to_env(act(torch.as_tensor(obs[rows], dtype=torch.float32, device=device)).cpu().numpy())
+            obs, reward, terminated, truncated, info = envs.step(actions)
+            observations.append(obs)
+            now = episodes[rows]
+            success[now] |= np.asarray(info.get("success", np.zeros(n)), bool)[rows]
+            score = 25 * np.asarray(info["completed"])[rows] if "completed" in info else 100 * success[now]
+            scores[now] = np.maximum(scores[now], score)
+            returns[now] += reward[rows] + args.reward_bias
+            lengths[now] += 1
+            active &= ~(terminated | truncated)  # an environment that ended restarts by itself; that episode is ignored
+        stacked = np.stack(observations)  # (time, n, O)
+        trajectories += [stacked[: lengths[episode] + 1, i] for i, episode in enumerate(episodes) if episode < total]
     return {
         "success_rate": float(success.mean()), "score": float(scores.mean()), "return": float(returns.mean()),
         "length": float(lengths.mean()), "trajectories": trajectories,
@@ -1038,7 +1041,7 @@ def evaluate(envs, act, scale: ActionScale, args: Args, device) -> dict:
 
 
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
-    """The environments of an evaluation, in this process or in one each."""
+    """The environments of an evaluation: one for each episode in this process, or two processes for each core."""
 
     def make_one():
         if multiprocessing.parent_process() is not None:  # Ctrl-C is for the run, which ends its processes itself
@@ -1050,7 +1053,12 @@ def make_vector_env(args: Args) -> gym.vector.VectorEnv:
         return gym.vector.SyncVectorEnv([make_one] * args.eval_episodes)
     # forked before anything big is loaded; where there is no fork, started anew
     context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    return gym.vector.AsyncVectorEnv([make_one] * args.eval_episodes, context=context)
+    return gym.vector.AsyncVectorEnv([make_one] * min(args.eval_episodes, 2 * available_cores()), context=context)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def film(env_id: str, act, scale: ActionScale, path: pathlib.Path, device, episodes: int = 3) -> None:
@@ -1381,8 +1389,7 @@ def eval_steps(total: int, count: int) -> set[int]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_args(args)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(args.threads or cores)
+    torch.set_num_threads(args.threads or available_cores())
     keep_freed_memory()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     torch.manual_seed(args.seed)
