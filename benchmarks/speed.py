@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --case antmaze                            # the paper's AntMaze sizes, random data
     python benchmarks/speed.py --case all --seconds 30 --json speed.json
+    python benchmarks/speed.py --script parl_transformer_calql --case antmaze
     python benchmarks/speed.py --preset kitchen --obs-dim 59 --action-dim 9 --device cuda
 
 The peak is measured in the same run, between the phases: the best rate of square float32 `torch.mm`s, since a shared
@@ -11,7 +12,9 @@ GFLOP counts what the mathematics needs and nothing that is computed twice, so a
 it could leave out. Every case is a process of its own: its peak memory and its time to the first update, imports
 included, are those of that case alone.
 
-A script can be measured if it has the functions and classes in NEEDED, with parl_diffusion_calql.py's arguments.
+A script can be measured if it has the functions and classes in NEEDED, with the arguments of the four scripts: a
+diffusion or a transformer policy, and the critic of Cal-QL, IQL or RLPD. The transformer's candidates are drawn once more
+in the naive way, without its cache of keys and values and with the observation repeated for every sample.
 """
 
 import time
@@ -42,13 +45,13 @@ ROWS, EPISODE = 20_000, 100  # random data: transitions, and how many a trajecto
 TIME_DIM = 128  # the policy's time features, DiffusionPolicy's default
 RELEASE_GFLOPS = 160.0  # float32 peak of the machine on which the release's times below were taken
 NEEDED = (
-    "Args", "PRESETS", "ReplayBuffer", "DiffusionPolicy", "Critic", "policy_update", "critic_update", "distill",
+    "Args", "PRESETS", "ReplayBuffer", "Critic", "policy_update", "critic_update", "distill",
     "refresh_candidates", "optimize", "select_actions", "keep_freed_memory",
 )  # fmt: skip
 
 ANTMAZE = dict(
     ensemble_size=10, critic_hidden=(256, 256, 256, 256), batch_size=256, num_samples=32, num_keep=10,
-    num_gradient_steps=10, policy_hidden=256, policy_blocks=3,
+    num_gradient_steps=10,
 )  # fmt: skip
 # preset, sizes, fields of the script's Args set on top; batches of cloning ((): the preset's); the release's seconds
 CASES: dict[str, dict] = {
@@ -103,7 +106,7 @@ def optimize_flops(args, obs_dim: int, action_dim: int, states: int) -> int:
 
 
 def critic_update_flops(args, obs_dim: int, action_dim: int) -> int:
-    """One critic update: optimize at s and s', value at s', loss and its gradient with respect to the parameters.
+    """One critic update, of Cal-QL: optimize at s and s', value at s', loss and its gradient for the parameters.
 
     A backward pass is two forward passes (inputs and weights), in the first layer one (weights alone). The
     observation's part of the first layer at s was evaluated when optimizing: its weights' gradient is left.
@@ -112,11 +115,27 @@ def critic_update_flops(args, obs_dim: int, action_dim: int) -> int:
     0.62 is had by sending the penalty's actions through all ten members; it needs only the two drawn for it.
     """
     obs, action, rest = critic_layers(args, obs_dim, action_dim)
-    B, E, subset = args.batch_size, args.ensemble_size, args.target_subset
+    B, E = args.batch_size, args.ensemble_size
+    if hasattr(args, "expectile"):  # IQL: target critic, value at s' and s, critic and value with gradients; no policy
+        v_rest = rest - 2 * args.critic_hidden[-1] * ((args.num_bins if args.critic_loss == "hl_gauss" else 1) - 1)
+        return B * (E * (obs + action + rest) + obs + v_rest + E * (2 * obs + 2 * action + 3 * rest) + 2 * obs + 3 * v_rest)
+    subset = args.target_subset
     target = B * subset * (obs + action + rest)
+    if not hasattr(args, "cql_actions"):  # RLPD: optimize at s' only, no penalty
+        return optimize_flops(args, obs_dim, action_dim, B) + target + B * E * (2 * obs + 2 * action + 3 * rest)
     data = B * E * (obs + 2 * action + 3 * rest)
     penalty = B * subset * (args.cql_actions + 2) * (2 * action + 3 * rest)  # random ones, and one each from s and s'
     return optimize_flops(args, obs_dim, action_dim, 2 * B) + target + data + penalty
+
+
+def is_transformer(args) -> bool:
+    return hasattr(args, "policy_layers")
+
+
+def transformer_layers(args, obs_dim: int) -> tuple[int, int, int]:
+    """One element: the observation's linear layer, all blocks without attention's products, and the head."""
+    width = args.policy_width
+    return 2 * obs_dim * width, args.policy_layers * 24 * width**2, 2 * width * args.policy_bins
 
 
 def policy_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int, int]:
@@ -128,7 +147,13 @@ def policy_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int, i
 
 
 def sampling_flops(args, obs_dim: int, action_dim: int, states: int, samples: int) -> int:
-    """The denoising chain of so many samples at so many states."""
+    """So many samples at so many states: the denoising chain, or all tokens but the last, and the observation once."""
+    if is_transformer(args):
+        obs, token, head = transformer_layers(args, obs_dim)
+        attention = 4 * args.policy_width * args.policy_layers
+        first = obs + token + head + attention
+        rest = (action_dim - 1) * (token + head) + attention * sum(range(2, action_dim + 1))
+        return states * (first + samples * rest)
     time_part, obs, action, rest = policy_layers(args, obs_dim, action_dim)
     return args.diffusion_steps * time_part + states * (obs + samples * args.diffusion_steps * (action + rest))
 
@@ -138,13 +163,19 @@ def policy_update_flops(args, obs_dim: int, action_dim: int, batch: int) -> int:
 
     The time features have as many different values as there are denoising steps, so those are all that is needed.
     """
+    if is_transformer(args):
+        obs, token, head = transformer_layers(args, obs_dim)
+        attention = 4 * args.policy_width * args.policy_layers * action_dim * (action_dim + 1) // 2
+        return batch * (2 * obs + 3 * (action_dim * (token + head) + attention))
     time_part, obs, action, rest = policy_layers(args, obs_dim, action_dim)
     return 3 * min(args.diffusion_steps, batch) * time_part + batch * (2 * obs + 2 * action + 3 * rest)
 
 
 def online_flops(args, obs_dim: int, action_dim: int, num_distill: int, num_critic: int, num_states: int) -> int:
     """Distilling and critic updates of one round, each after drawing candidates at the distinct ones of its states."""
-    states = distinct(num_distill * args.batch_size, num_states) + distinct(2 * num_critic * args.batch_size, num_states)
+    # Cal-QL looks at s and s', RLPD at s' alone, IQL at no candidates
+    looks = 0 if hasattr(args, "expectile") else 2 if hasattr(args, "cql_actions") else 1
+    states = distinct(num_distill * args.batch_size, num_states) + distinct(looks * num_critic * args.batch_size, num_states)
     distilling = optimize_flops(args, obs_dim, action_dim, args.batch_size)
     distilling += policy_update_flops(args, obs_dim, action_dim, args.batch_size)
     critic = critic_update_flops(args, obs_dim, action_dim)
@@ -177,22 +208,30 @@ def build(script, args, obs_dim: int, action_dim: int, device) -> SimpleNamespac
     """Buffer, networks and optimizers as the script's main() builds them; candidates are uniform noise."""
     dataset = random_dataset(obs_dim, action_dim)
     buffer = script.ReplayBuffer(dataset, dataset.actions, args, device)
-    policy = script.DiffusionPolicy(
-        obs_dim, action_dim, args.diffusion_steps, args.policy_hidden, args.policy_blocks, dropout=args.policy_dropout
-    ).to(device)
+    if is_transformer(args):
+        sizes = args.policy_bins, args.policy_layers, args.policy_width, args.policy_heads
+        policy = script.TransformerPolicy(obs_dim, action_dim, *sizes).to(device)
+    else:
+        sizes = args.diffusion_steps, args.policy_hidden, args.policy_blocks
+        policy = script.DiffusionPolicy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout).to(device)
     num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
     critic = script.Critic(obs_dim, action_dim, args.critic_hidden, args.ensemble_size, num_bins, q_min).to(device)
+    # IQL's value, which its critic_update takes before the optimizer
+    values = [script.Critic(obs_dim, 0, args.critic_hidden, 1, 1).to(device)] if hasattr(args, "expectile") else []
+    parameters = [p for network in (critic, *values) for p in network.parameters()]
     return SimpleNamespace(
         buffer=buffer, policy=policy, ema_policy=copy.deepcopy(policy).requires_grad_(False).eval(),
-        critic=critic, target_critic=copy.deepcopy(critic).requires_grad_(False),
+        critic=critic, target_critic=copy.deepcopy(critic).requires_grad_(False), values=values,
         policy_optimizer=torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True),
-        critic_optimizer=torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True),
+        critic_optimizer=torch.optim.Adam(parameters, args.critic_lr, fused=True),
         candidates=torch.rand(len(buffer.states), args.num_samples, action_dim, device=device) * 2 - 1,
     )  # fmt: skip
 
 
 def critic_step(script, net, args, rows) -> None:
-    script.critic_update(net.critic, net.target_critic, net.critic_optimizer, net.buffer, net.candidates, rows, args)
+    candidates = [] if net.values else [net.candidates]
+    networks = net.critic, net.target_critic, *net.values, net.critic_optimizer
+    script.critic_update(*networks, net.buffer, *candidates, rows, args)
 
 
 def clone_step(script, net, args, batch: int) -> None:
@@ -210,8 +249,10 @@ def online_round(script, net, args, num_distill: int, num_critic: int) -> None:
         args.greedy_rollouts, args,
     )[0]  # fmt: skip
     index = buffer.sample_index((num_critic, args.batch_size))
-    states = torch.cat([buffer.obs_index[index], buffer.next_index[index]]).unique()
-    net.candidates = script.refresh_candidates(net.ema_policy, buffer, net.candidates, states, args.num_samples)
+    if not net.values:
+        seen = [buffer.obs_index[index]] if hasattr(args, "cql_actions") else []
+        states = torch.cat([*seen, buffer.next_index[index]]).unique()
+        net.candidates = script.refresh_candidates(net.ema_policy, buffer, net.candidates, states, args.num_samples)
     for rows in index:
         critic_step(script, net, args, rows)
 
@@ -220,6 +261,21 @@ def act(script, net, args, obs) -> torch.Tensor:
     """What main() does at each environment step: obs (1, O) -> (1, A)."""
     actions, q = script.optimize(net.critic, obs, net.ema_policy.sample(obs, args.num_samples), args)
     return script.select_actions(actions, q, args.greedy_rollouts)
+
+
+@torch.no_grad()
+def naive_sample(policy, obs, num_samples: int) -> torch.Tensor:
+    """What TransformerPolicy.sample does, the way one writes it first: for every token the whole sequence of every sample
+    again, the observation repeated. obs (B, O) -> (B n, A)."""
+    obs = obs.repeat_interleave(num_samples, 0)
+    tokens = torch.zeros(len(obs), 0, dtype=torch.long, device=obs.device)
+    for i in range(policy.action_dim):
+        x = torch.cat([policy.observation(obs)[:, None], policy.embedding(tokens)], 1) + policy.position[: i + 1]
+        for block in policy.blocks:
+            x = block(x)
+        probabilities = torch.softmax(policy.head(policy.norm(x[:, -1])), -1)
+        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1)], 1)
+    return policy.centers[tokens]
 
 
 def phases(script, net, args, sizes: tuple[int, int], cloning: tuple[int, ...], steps: int):
@@ -233,7 +289,12 @@ def phases(script, net, args, sizes: tuple[int, int], cloning: tuple[int, ...], 
     cached = torch.arange(256 if net.buffer.states.device.type == "cpu" else 4096, device=net.buffer.states.device)
     yield ("caching", "state", len(cached), sampling_flops(args, *sizes, len(cached), args.num_samples),
            lambda: script.refresh_candidates(net.ema_policy, net.buffer, net.candidates, cached, args.num_samples))  # fmt: skip
-    yield ("offline critic update", "update", 1, critic_update_flops(args, *sizes),
+    if is_transformer(args):
+        few = net.buffer.states[: len(cached) // 4]
+        yield ("caching, naively", "state", len(few), sampling_flops(args, *sizes, len(few), args.num_samples),
+               lambda: naive_sample(net.ema_policy, few, args.num_samples))  # fmt: skip
+    name = "offline critic update" if hasattr(args, "num_offline_steps") else "critic update"
+    yield (name, "update", 1, critic_update_flops(args, *sizes),
            lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0]))  # fmt: skip
     num_distill, num_critic = max(1, round(steps * args.distill_ratio)), max(1, round(steps * args.utd))
     yield ("online: distill + critic", "env step", steps,
@@ -304,7 +365,8 @@ def measure(options: Options, case: dict, device) -> dict:
     peaks = [peak_gflops(min(0.5, options.seconds), device)]
     # Environment steps of an online round: 8 if that takes no longer than asked for. An episode has more, but with more
     # its updates would share states of the random data, as they seldom do in a real one's.
-    round_of_8 = online_flops(args, *sizes, 8, 8, len(net.buffer.states)) / 1e9 / peaks[0]
+    utd = max(1, round(8 * args.utd))
+    round_of_8 = online_flops(args, *sizes, 8, utd, len(net.buffer.states)) / 1e9 / peaks[0]
     steps = 8 if 3 * round_of_8 < options.seconds else 1
     for name, unit, count, flops, call in phases(script, net, args, sizes, cloning, steps):
         if device.type == "cuda":
@@ -319,9 +381,12 @@ def measure(options: Options, case: dict, device) -> dict:
     peak = statistics.median(peaks)
     for phase in result["phases"]:
         phase["share_of_peak"] = phase["gflop"] / phase["seconds"] / peak
-        if phase["phase"] in case["release"]:
+        if phase["phase"] in case["release"] and options.script == "parl_diffusion_calql":
             release = case["release"][phase["phase"]] * RELEASE_GFLOPS
             phase["times_the_release"] = release / (phase["seconds"] * peak)
+    by_name = {phase["phase"]: phase for phase in result["phases"]}
+    if "caching, naively" in by_name:
+        by_name["caching"]["times_naive"] = by_name["caching, naively"]["seconds"] / by_name["caching"]["seconds"]
     return result | {"peak_gflops": peak, "peaks": peaks, "load_after": os.getloadavg()[0]}
 
 
@@ -348,6 +413,8 @@ def print_result(result: dict) -> None:
     for p in result["phases"]:
         times = [f"{t:.2f} s" if t >= 1 else f"{1e3 * t:.3g} ms" for t in (p["seconds"], min(p["repetitions"]))]
         release = f"   {p['times_the_release']:.2f} times the release at the same peak" if "times_the_release" in p else ""
+        if "times_naive" in p:
+            release = f"   {p['times_naive']:.2f} times the naive way"
         print(f"{p['phase']:25}{p['unit']:>9}{times[0]:>10}{times[1]:>10}{1 / p['seconds']:12.4g}{p['gflop']:9.4g}"
               f"{p['share_of_peak']:9.0%}{p['cpu_use']:9.0%}{release}")  # fmt: skip
     print(f"time to the first update {result['first_update_seconds']:.1f} s (imports, networks, one critic update); "

@@ -12,6 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import parl_diffusion_calql as script
+import parl_diffusion_iql
+import parl_diffusion_rlpd
+import parl_transformer_calql
 from benchmarks import speed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -93,6 +96,38 @@ def test_policy_is_what_pytorch_counts():
     assert counted(lambda: policy.loss(obs, actions[:, 0]).backward()) == needed
 
 
+TINY_TRANSFORMER = parl_transformer_calql.Args(num_samples=6, policy_width=16, policy_layers=2, policy_heads=2, policy_bins=12)
+
+
+def test_transformer_is_what_pytorch_counts():
+    """All products but attention's, which the counter does not see on every device: those by hand."""
+    args = TINY_TRANSFORMER
+    policy = parl_transformer_calql.TransformerPolicy(OBS, ACT, 12, 2, 16, 2)
+    obs, actions = torch.randn(7, OBS), torch.rand(7, ACT) * 2 - 1
+    per_pair = 2 * 2 * 2 * 16  # layers, two products, multiply and add, width: one element looking at another
+    attention = 7 * per_pair * (1 + 6 * (2 + 3))  # the observation at itself; each sample's two tokens at 2 and 3 elements
+    needed = speed.sampling_flops(args, OBS, ACT, 7, 6)
+    assert counted(lambda: policy.sample(obs, 6)) in (needed, needed - attention)
+    needed = speed.policy_update_flops(args, OBS, ACT, 7)
+    seen = counted(lambda: policy.loss(obs, actions).backward())
+    pairs = 1 + 2 + 3  # attention's: needed 3 passes of these; the counter sees all pairs and recomputation, or nothing
+    assert needed - 7 * per_pair * 3 * pairs <= seen <= needed + 7 * per_pair * 4 * 9
+
+
+@pytest.mark.parametrize("other", [parl_diffusion_iql, parl_diffusion_rlpd], ids=lambda module: module.__name__)
+def test_other_critic_updates_are_what_pytorch_counts(other):
+    """One whole `critic_update`, but for RLPD's action optimization, which runs in threads where the counter is not."""
+    sizes = dict(ensemble_size=3, critic_hidden=(16, 24), num_bins=12, batch_size=4, num_samples=6, num_keep=2)
+    args = other.Args(**sizes, num_gradient_steps=0)
+    net = speed.build(other, args, OBS, ACT, torch.device("cpu"))
+    rows = torch.arange(4) * 7
+    needed = speed.critic_update_flops(args, OBS, ACT)
+    if other is parl_diffusion_rlpd:
+        needed -= speed.optimize_flops(args, OBS, ACT, 4)
+    seen = counted(lambda: speed.critic_step(other, net, args, rows))
+    assert needed <= seen <= 1.01 * needed
+
+
 def test_antmaze_count():
     case = speed.CASES["antmaze"]
     args = script.Args(**script.PRESETS["antmaze"] | case["fields"])
@@ -112,19 +147,30 @@ def run_speed(*flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_command_line(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("parl_diffusion_calql", ["offline critic update"]),
+        ("parl_transformer_calql", ["caching, naively", "offline critic update"]),
+        ("parl_diffusion_iql", ["offline critic update"]),
+        ("parl_diffusion_rlpd", ["critic update"]),
+    ],
+)
+def test_command_line(name, more, tmp_path):
     file = tmp_path / "speed.json"
-    done = run_speed("--case", "quickstart", "--seconds", "0.02", "--threads", "1", "--device", "cpu", "--json", str(file))
+    flags = ["--case", "quickstart", "--seconds", "0.02", "--threads", "1", "--device", "cpu", "--json", str(file)]
+    done = run_speed("--script", name, *flags)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(file.read_text())
     names = [phase["phase"] for phase in result["phases"]]
-    assert names == ["cloning, batch 256", "caching", "offline critic update", "online: distill + critic", "online: acting"]
+    assert names == ["cloning, batch 256", "caching", *more, "online: distill + critic", "online: acting"]
+    assert ("times_naive" in result["phases"][1]) == ("transformer" in name)
     for phase in result["phases"]:
         assert phase["phase"] in done.stdout
         assert len(phase["repetitions"]) >= 3 and phase["gflop"] > 0
         assert phase["share_of_peak"] == pytest.approx(phase["gflop"] / phase["seconds"] / result["peak_gflops"])
     assert result["peak_memory_gb"] > 0.05 and 0 < result["first_update_seconds"] < 300
-    assert math.isfinite(result["peak_gflops"]) and len(result["peaks"]) == 6
+    assert math.isfinite(result["peak_gflops"]) and len(result["peaks"]) == 1 + len(names)
 
 
 @pytest.mark.parametrize(
