@@ -160,7 +160,7 @@ PRESETS: dict[str, dict] = {
     "laptop": dict(
         dataset_size=200_000, num_cloning_steps=10_000, num_offline_steps=12_000, num_online_episodes=50, eval_episodes=50,
         num_offline_evals=3, num_online_evals=3, policy_hidden=128, policy_blocks=2, policy_dropout=0.0,
-        cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, distill_lr=3e-4, ensemble_size=2,
+        cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, distill_lr=5e-5, ensemble_size=2,
         critic_hidden=(256, 256), critic_lr=1e-3, batch_size=128, target_tau=0.02, num_bins=64, cql_actions=4,
         num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.0015, utd=0.5, distill_ratio=0.5,
     ),
