@@ -70,11 +70,24 @@ def flat(value, prefix=""):
         yield prefix, value
 
 
+def assert_same_checkpoint(folder, reference):
+    """Bit for bit, but for clocks; NaN stands where a state has no action."""
+    ours, theirs = (dict(flat(torch.load(f / "checkpoint.pt", weights_only=True))) for f in (folder, reference))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        same = ours[name] == value
+        if torch.is_tensor(value):
+            same = torch.equal(ours[name].nan_to_num(9e9), value.nan_to_num(9e9)) if value.is_floating_point() else same.all()
+        assert same, f"{name} differs after the resumed run"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One toy run to its end, and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
-    code, output = finish(start(*TOY, "--runs", str(runs)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARL_CACHE", str(tmp_path_factory.mktemp("cache")))  # empty, whatever ran before: it must collect
+        code, output = finish(start(*TOY, "--runs", str(runs)))
     assert code == 0, output
     (folder,) = runs.iterdir()
     return folder, output
@@ -116,14 +129,7 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(finished, tmp_pa
     code, output = finish(process)
     assert code == 0, output
     assert rows_of(folder) == rows_of(reference)
-    load = lambda f: dict(flat(torch.load(f / "checkpoint.pt", weights_only=True)))  # noqa: E731
-    ours, theirs = load(folder), load(reference)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        same = ours[name] == value  # bit for bit; NaN stands where a state has no action
-        if torch.is_tensor(value):
-            same = torch.equal(ours[name].nan_to_num(9e9), value.nan_to_num(9e9)) if value.is_floating_point() else same.all()
-        assert same, f"{name} differs after the resumed run"
+    assert_same_checkpoint(folder, reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

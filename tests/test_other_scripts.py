@@ -6,8 +6,7 @@ import signal
 import time
 
 import pytest
-import torch
-from test_end_to_end import finish, flat, phases_seen, rows_of, start
+from test_end_to_end import assert_same_checkpoint, finish, phases_seen, rows_of, start
 
 import parl_diffusion_iql
 import parl_diffusion_rlpd
@@ -64,13 +63,7 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(script, tmp_path
     code, output = finish(process)
     assert code == 0, output
     assert rows_of(folder) == rows_of(reference)
-    ours, theirs = (dict(flat(torch.load(f / "checkpoint.pt", weights_only=True))) for f in (folder, reference))
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        same = ours[name] == value  # bit for bit; NaN stands where a state has no action
-        if torch.is_tensor(value):
-            same = torch.equal(ours[name].nan_to_num(9e9), value.nan_to_num(9e9)) if value.is_floating_point() else same.all()
-        assert same, f"{name} differs after the resumed run"
+    assert_same_checkpoint(folder, reference)
 
 
 @pytest.mark.parametrize(("script", "flags"), VARIANTS, ids=lambda value: value if isinstance(value, str) else named(value))

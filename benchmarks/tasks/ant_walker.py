@@ -38,6 +38,11 @@ def load_walker(path=WEIGHTS):
     return walk
 
 
+def upright(qpos) -> float:
+    """Cosine between the torso's axis and the vertical: 1 standing, below 0 on its back. qpos (>= 7,), quaternion at 3."""
+    return 1 - 2 * float(qpos[4] ** 2 + qpos[5] ** 2) / float(qpos[3:7] @ qpos[3:7])
+
+
 def walker_input(observation, direction) -> np.ndarray:
     """(29,) float32: what the ant feels (where it is left out) and the unit vector to walk along."""
     direction = np.asarray(direction) / max(float(np.hypot(*direction)), 1e-6)

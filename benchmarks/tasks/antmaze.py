@@ -21,7 +21,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from benchmarks.tasks.ant_walker import WEIGHTS, load_walker
+from benchmarks.tasks.ant_walker import WEIGHTS, load_walker, upright
 from benchmarks.tasks.dataset import (
     Dataset,
     TaskError,
@@ -36,16 +36,8 @@ from benchmarks.tasks.dataset import (
     write_once,
 )
 from benchmarks.tasks.download import DownloadError, download
+from benchmarks.tasks.pointmaze import MAPS  # which are D4RL's
 
-# `#` wall, `R` reset cell, `G` goal cell of the evaluation. D4RL's.
-MAPS = {
-    "umaze": ["#####", "#R..#", "###.#", "#G..#", "#####"],
-    "medium": ["########", "#R.##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#.G#", "########"],
-    "large": [
-        "############", "#R...#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.###.#",
-        "#..#.#.....#", "##.#.#.#.###", "#..#...#.G.#", "############",
-    ],
-}  # fmt: skip
 ENV_IDS = tuple(
     f"antmaze-{name}-v2"
     for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
@@ -387,7 +379,7 @@ def collect_chunk(env_id: str, seed: int, number: int, size: int) -> tuple[dict,
             for key, value in zip((*KEYS, *INFO_KEYS), row):
                 rows[key].append(value)
             obs = next_obs
-            fallen = 1 - 2 * float(obs[4] ** 2 + obs[5] ** 2) < 0  # on its back; D4RL lets it lie, and so do we
+            fallen = upright(obs) < 0  # D4RL lets it lie on its back, and so do we
             if at_waypoint or terminated:
                 counts["reached"] += 1
                 counts["metres"] += float(np.hypot(*(obs[:2] - leg_start)))

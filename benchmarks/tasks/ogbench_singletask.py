@@ -483,14 +483,9 @@ def _maze_trajectory(env, environment, kind, act, rng, steps) -> dict:
     """
     for _ in range(20):
         rows = _rows(_maze_steps(env, kind, act, rng, steps))
-        if "ant" not in environment or kind == "explore" or not _on_its_back(rows["qpos"][-1]):
+        if "ant" not in environment or kind == "explore" or ant_walker.upright(rows["qpos"][-1]) >= 0:
             break
     return rows
-
-
-def _on_its_back(qpos) -> bool:
-    """The vertical part of the torso's upward axis is negative; qpos[3:7] is its quaternion (w, x, y, z)."""
-    return 1 - 2 * (qpos[4] ** 2 + qpos[5] ** 2) < 0
 
 
 def _maze_steps(env, kind, act, rng, steps) -> list:

@@ -16,7 +16,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from benchmarks.tasks.ant_walker import WEIGHTS, load_walker, walker_input
+from benchmarks.tasks.ant_walker import WEIGHTS, load_walker, upright, walker_input
 from benchmarks.tasks.antmaze import SUBSTEPS, ant_observation, ant_spec, noisy_ant_state
 
 TURN_EVERY = 60  # decisions
@@ -64,11 +64,6 @@ class FreeAnt(gym.Env):
             self._turn()
         obs = walker_input(ant_observation(self.data), self.direction)
         return obs, reward, bool(up < 0), self.steps >= EPISODE, {}
-
-
-def upright(qpos) -> float:
-    """Cosine between the torso's axis and the vertical: 1 standing, below 0 on its back."""
-    return 1 - 2 * (qpos[4] ** 2 + qpos[5] ** 2) / float(qpos[3:7] @ qpos[3:7])
 
 
 def measure(walk, legs: int = 200, noise: float = 0.2, seed: int = 12345) -> dict[str, float]:
