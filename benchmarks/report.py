@@ -1,0 +1,153 @@
+"""Keep finished runs among the results, and draw the learning curves of several in one picture.
+
+    python benchmarks/report.py keep benchmarks/results/quickstart --runs runs/pointmaze-medium-v0__*
+    python benchmarks/report.py curves rlpd.png --runs "utd 10=runs/a" "utd 10=runs/b" "utd 1=runs/c" --over episodes
+
+`keep` copies each run's small files to OUT/seedN, writes OUT/results.json (command, commit, machine, seed and what was
+reached) and prints the table for the README. `curves` reads the runs' metrics.csv and config.json, or what `keep` copied:
+a thin line is one run, a thick one the mean of the runs that share a label.
+"""
+
+import csv
+import json
+import pathlib
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import tyro
+
+KEPT = ("config.json", "metrics.csv", "summary.png")
+LABELS = {"cloning": "cloned policy", "offline": "after offline RL", "online": "after online RL"}  # by phase, as printed
+
+
+@dataclass
+class Keep:
+    """Copy the small files of finished runs, one per seed, and write results.json beside them."""
+
+    out: tyro.conf.Positional[pathlib.Path]  # folder of one experiment, such as benchmarks/results/quickstart
+    runs: list[pathlib.Path]  # folders of finished runs
+    machine: str = ""  # what they ran on, in words; empty: this machine's processor
+    note: str = ""  # what else was running there, or anything a reader of the numbers must know
+
+
+@dataclass
+class Curves:
+    """Draw success at every evaluation of several runs."""
+
+    out: tyro.conf.Positional[pathlib.Path]  # the picture, .png
+    runs: list[str]  # folders, each as FOLDER or LABEL=FOLDER; runs of one label are averaged
+    over: Literal["updates", "episodes", "seconds", "critic_updates"] = "updates"  # the horizontal axis
+    title: str = ""
+
+
+def fail(message: str):
+    sys.exit(f"error: {message}")
+
+
+def read_run(folder: pathlib.Path) -> tuple[dict, list[dict]]:
+    """config.json, and the rows of metrics.csv that hold an evaluation (numbers where there are any, by column)."""
+    missing = [name for name in ("config.json", "metrics.csv") if not (folder / name).is_file()]
+    if missing:
+        fail(f"{folder} holds no {' and no '.join(missing)}: pass the folder of a run, as its first lines name it")
+    config = json.loads((folder / "config.json").read_text())
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["success_rate"]]
+    numbers = [{k: float(v) for k, v in row.items() if k != "phase" and v} | {"phase": row["phase"]} for row in rows]
+    if not numbers:
+        fail(f"{folder} has no evaluation yet: let the run finish (--resume {folder})")
+    return config, numbers
+
+
+def processor() -> str:
+    """This machine in a few words."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def summary_of(folder: pathlib.Path) -> dict:
+    """One run's entry of results.json: where it comes from, and the last evaluation of each of its phases."""
+    config, rows = read_run(folder)
+    if not (folder / "summary.png").is_file():
+        fail(f"{folder} is not finished, it has no summary.png: --resume {folder}")
+    provenance, last = config["provenance"], {row["phase"]: row for row in rows}
+    entry = {"seed": config["seed"], "command": provenance["command"].split(" --runs ")[0], "commit": provenance["commit"]}
+    entry |= {"machine": provenance["machine"], "versions": provenance["versions"], "threads": config["threads"] or "all"}
+    if config["data"]["local"]:
+        entry["data"] = config["data"]
+    numbers = ("success_rate", "score", "return", "length", "seconds")
+    return entry | {LABELS[phase]: {n: row[n] for n in numbers if n in row} for phase, row in last.items()}
+
+
+def keep(options: Keep) -> None:
+    entries = sorted(((summary_of(folder), folder) for folder in options.runs), key=lambda pair: pair[0]["seed"])
+    seeds = [entry["seed"] for entry, _ in entries]
+    if len(set(seeds)) < len(seeds):
+        fail(f"seeds {seeds}: one run for each seed, please; keep the others in another folder")
+    for entry, folder in entries:
+        target = options.out / f"seed{entry['seed']}"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copyfile(folder / name, target / name)
+    config = read_run(entries[0][1])[0]
+    document = {"machine": options.machine or processor(), "note": options.note, "eval_episodes": config["eval_episodes"]}
+    document |= {"runs": [entry for entry, _ in entries]}
+    (options.out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+    labels = [label for label in LABELS.values() if label in entries[0][0]]
+    print("| seed | " + " | ".join(labels) + " |\n|" + "---|" * (1 + len(labels)))
+    for entry, _ in entries:
+        cells = [f"{entry[label]['success_rate']:.0%} ({entry[label]['seconds']:.0f} s)" for label in labels]
+        print(f"| {entry['seed']} | " + " | ".join(cells) + " |")
+
+
+def curve(config: dict, rows: list[dict], over: str) -> tuple[list[float], list[float]]:
+    """Where the evaluations stand on the axis, and their success in percent; over episodes or critic updates only from
+    the last evaluation before the first of them."""
+    if over == "critic_updates":  # an offline step is one critic update
+        rows = [row for row in rows if row["phase"] == "offline"]
+        x = [row["step"] + 1 for row in rows]
+    else:
+        x = [row[over] for row in rows]
+        start = sum(value == 0 for value in x) - 1 if over == "episodes" else 0
+        rows, x = rows[max(start, 0) :], x[max(start, 0) :]
+    return x, [100 * row["success_rate"] for row in rows]
+
+
+def curves(options: Curves) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[str, list] = {}
+    for text in options.runs:
+        label, _, folder = text.rpartition("=")
+        config, rows = read_run(pathlib.Path(folder))
+        groups.setdefault(label or config["script"], []).append(curve(config, rows, options.over))
+    figure, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for i, (label, lines) in enumerate(groups.items()):
+        for x, y in lines:
+            ax.plot(x, y, "o-", ms=2.5, lw=0.8, color=f"C{i}", alpha=0.5 if len(lines) > 1 else 1.0)
+        # at the points of the shortest run, between the others' points; a mean of one run is that run
+        x = min((line[0] for line in lines), key=len)
+        ax.plot(
+            x, np.mean([np.interp(x, *line) for line in lines], 0), lw=2.2, color=f"C{i}", label=f"{label} (n={len(lines)})"
+        )
+    ax.set(xlabel=options.over.replace("_", " "), ylabel="success rate, %", ylim=(-3, 103))
+    ax.set_title(options.title, fontsize=10)
+    ax.grid(alpha=0.3)
+    ax.legend(loc="best")
+    figure.savefig(options.out, dpi=110)
+    plt.close(figure)
+    print(f"{options.out}: {sum(map(len, groups.values()))} runs")
+
+
+if __name__ == "__main__":
+    chosen = tyro.extras.subcommand_cli_from_dict({"keep": Keep, "curves": Curves}, description=__doc__)
+    keep(chosen) if isinstance(chosen, Keep) else curves(chosen)

@@ -1,0 +1,75 @@
+"""What the README's tables and pictures are made with: kept results, learning curves, and runs that cannot be kept."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_run(folder, seed=1, successes=(0.1, 0.5, 0.9), finished=True):
+    folder.mkdir(parents=True)
+    config = {
+        "script": "parl_diffusion_calql", "seed": seed, "threads": 1, "eval_episodes": 10, "data": {"local": False},
+        "provenance": {"command": f"python x.py --seed {seed} --runs /tmp/r", "commit": "abc", "machine": "m", "versions": "v"},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, ["phase", "step", "updates", "episodes", "seconds", "success_rate", "policy_loss"])
+        table.writeheader()
+        for i, (phase, success) in enumerate(zip(("cloning", "offline", "online"), successes)):
+            common = {"phase": phase, "step": 9, "updates": 10 * i, "episodes": 5 * (i == 2), "seconds": 3.0 * i}
+            table.writerow(common | {"policy_loss": 0.5})  # a row of training, which is no evaluation
+            table.writerow(common | {"success_rate": success})
+    if finished:
+        (folder / "summary.png").write_bytes(b"picture")
+    return folder
+
+
+def test_kept_results_say_what_was_reached_and_how(tmp_path, capsys):
+    runs = [write_run(tmp_path / f"run{seed}", seed, (0.1, 0.5, seed / 10)) for seed in (2, 1)]
+    report.keep(report.Keep(tmp_path / "out", runs, machine="a machine"))
+    document = json.loads((tmp_path / "out/results.json").read_text())
+    assert document["machine"] == "a machine" and document["eval_episodes"] == 10
+    assert [run["seed"] for run in document["runs"]] == [1, 2]
+    assert document["runs"][0]["command"] == "python x.py --seed 1"
+    assert document["runs"][1]["after online RL"] == {"success_rate": 0.2, "seconds": 6.0}
+    assert (tmp_path / "out/seed2/metrics.csv").read_text() == (runs[0] / "metrics.csv").read_text()
+    assert "| 2 | 10% (0 s) | 50% (3 s) | 20% (6 s) |" in capsys.readouterr().out
+
+
+def test_curves_stand_where_the_evaluations_were(tmp_path):
+    config, rows = report.read_run(write_run(tmp_path / "run"))
+    assert report.curve(config, rows, "updates") == ([0, 10, 20], [10, 50, 90])
+    assert report.curve(config, rows, "episodes") == ([0, 5], [50, 90])  # from what the first episode started with
+    assert report.curve(config, rows, "critic_updates") == ([10], [50])
+    report.curves(report.Curves(tmp_path / "c.png", [f"a=b={tmp_path / 'run'}", str(tmp_path / "run")]))
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda folder: folder.mkdir(), "no config.json and no metrics.csv"),
+        (lambda folder: write_run(folder, finished=False), "--resume"),
+        (lambda folder: write_run(folder, successes=()), "no evaluation yet"),
+    ],
+)
+def test_a_run_that_cannot_be_kept_is_one_line(tmp_path, build, message):
+    build(tmp_path / "run")
+    command = [sys.executable, "benchmarks/report.py", "keep", str(tmp_path / "out"), "--runs", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_of_one_seed_are_not_kept_over_each_other(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(SystemExit, match="one run for each seed"):
+        report.keep(report.Keep(tmp_path / "out", runs))
