@@ -1,8 +1,8 @@
 """PA-RL + RLPD with a diffusion policy, hybrid offline and online: "Policy Agnostic RL" (arXiv 2412.06685), table 2.
 
 The policy is pre-trained by cloning the data; the critic starts from random weights when the robot starts to act. A few
-episodes of the cloned policy come first. Then every episode is followed by distilling, and by ten critic updates per
-step on batches of which one half comes from the data and the other from what was seen online. The critic is plain TD
+episodes of the cloned policy come first. Then every episode is followed by ten critic updates per step, on batches of
+which one half comes from the data and the other from what was seen online, and by distilling. The critic is plain TD
 without conservatism: a large ensemble, of which a random pair gives the target, keeps it from overestimating (RLPD).
 
     python parl_diffusion_rlpd.py                                      # a small maze on a laptop: minutes
