@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 import parl_diffusion_calql as script
+from benchmarks.report import Curves
 from benchmarks.tasks import TaskError, load_dataset, make_env
 from benchmarks.tasks.dataset import ARRAYS, Dataset, write_npz
 
@@ -436,7 +438,9 @@ def test_pointmaze_environment_and_data_agree(name):
 def test_the_readme_names_real_flags_and_files():
     text = (ROOT / "README.md").read_text()
     flags = set(re.findall(r"`(--[a-z][a-z0-9-]*)", text)) | set(re.findall(r"(?<=\s)(--[a-z][a-z0-9-]+)", text))
-    names = [name.replace("_", "-") for name in script.Args.__dataclass_fields__]
+    scripts = [importlib.import_module(path.stem) for path in ROOT.glob("parl_*.py")]
+    fields = {name for one in scripts for name in one.Args.__dataclass_fields__} | set(Curves.__dataclass_fields__)
+    names = [name.replace("_", "-") for name in fields]
     known = {"--" + name for name in names} | {"--no-" + name for name in names}
     outside = {"--help", "--script", "--case", "--index-url"}
     assert flags - outside <= known, flags - outside - known
