@@ -95,8 +95,8 @@ def keep(options: Keep) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             shutil.copyfile(folder / name, target / name)
-    config = read_run(entries[0][1])[0]
-    document = {"machine": options.machine or processor(), "note": options.note, "eval_episodes": config["eval_episodes"]}
+    episodes = json.loads((entries[0][1] / "config.json").read_text())["eval_episodes"]
+    document = {"machine": options.machine or processor(), "note": options.note, "eval_episodes": episodes}
     document |= {"runs": [entry for entry, _ in entries]}
     (options.out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
     labels = [label for label in LABELS.values() if label in entries[0][0]]
@@ -106,17 +106,14 @@ def keep(options: Keep) -> None:
         print(f"| {entry['seed']} | " + " | ".join(cells) + " |")
 
 
-def curve(config: dict, rows: list[dict], over: str) -> tuple[list[float], list[float]]:
-    """Where the evaluations stand on the axis, and their success in percent; over episodes or critic updates only from
-    the last evaluation before the first of them."""
-    if over == "critic_updates":  # an offline step is one critic update
-        rows = [row for row in rows if row["phase"] == "offline"]
-        x = [row["step"] + 1 for row in rows]
-    else:
-        x = [row[over] for row in rows]
-        start = sum(value == 0 for value in x) - 1 if over == "episodes" else 0
-        rows, x = rows[max(start, 0) :], x[max(start, 0) :]
-    return x, [100 * row["success_rate"] for row in rows]
+def curve(rows: list[dict], over: str) -> tuple[list[float], list[float]]:
+    """Where the evaluations stand on the axis, and their success in percent. Over critic updates: the offline phase alone,
+    one a step; over episodes: from the policy that the first episode started with."""
+    if over == "critic_updates":
+        rows = [row | {over: row["step"] + 1} for row in rows if row["phase"] == "offline"]
+    elif over == "episodes":
+        rows = [row for row in rows if not row[over]][-1:] + [row for row in rows if row[over]]
+    return [row[over] for row in rows], [100 * row["success_rate"] for row in rows]
 
 
 def curves(options: Curves) -> None:
@@ -129,20 +126,23 @@ def curves(options: Curves) -> None:
     for text in options.runs:
         label, _, folder = text.rpartition("=")
         config, rows = read_run(pathlib.Path(folder))
-        groups.setdefault(label or config["script"], []).append(curve(config, rows, options.over))
+        line = curve(rows, options.over)
+        if not line[0]:
+            fail(f"{folder} has no offline phase to draw over critic updates: use --over updates")
+        groups.setdefault(label or config["script"], []).append(line)
     figure, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for i, (label, lines) in enumerate(groups.items()):
         for x, y in lines:
             ax.plot(x, y, "o-", ms=2.5, lw=0.8, color=f"C{i}", alpha=0.5 if len(lines) > 1 else 1.0)
         # at the points of the shortest run, between the others' points; a mean of one run is that run
         x = min((line[0] for line in lines), key=len)
-        ax.plot(
-            x, np.mean([np.interp(x, *line) for line in lines], 0), lw=2.2, color=f"C{i}", label=f"{label} (n={len(lines)})"
-        )
+        mean = np.mean([np.interp(x, *line) for line in lines], 0)
+        ax.plot(x, mean, lw=2.2, color=f"C{i}", label=f"{label} (n={len(lines)})")
     ax.set(xlabel=options.over.replace("_", " "), ylabel="success rate, %", ylim=(-3, 103))
     ax.set_title(options.title, fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(loc="best")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=110)
     plt.close(figure)
     print(f"{options.out}: {sum(map(len, groups.values()))} runs")
@@ -150,4 +150,6 @@ def curves(options: Curves) -> None:
 
 if __name__ == "__main__":
     chosen = tyro.extras.subcommand_cli_from_dict({"keep": Keep, "curves": Curves}, description=__doc__)
+    if not chosen.runs:
+        fail("--runs names no run: pass at least one folder")
     keep(chosen) if isinstance(chosen, Keep) else curves(chosen)

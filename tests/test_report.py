@@ -45,10 +45,10 @@ def test_kept_results_say_what_was_reached_and_how(tmp_path, capsys):
 
 
 def test_curves_stand_where_the_evaluations_were(tmp_path):
-    config, rows = report.read_run(write_run(tmp_path / "run"))
-    assert report.curve(config, rows, "updates") == ([0, 10, 20], [10, 50, 90])
-    assert report.curve(config, rows, "episodes") == ([0, 5], [50, 90])  # from what the first episode started with
-    assert report.curve(config, rows, "critic_updates") == ([10], [50])
+    _, rows = report.read_run(write_run(tmp_path / "run"))
+    assert report.curve(rows, "updates") == ([0, 10, 20], [10, 50, 90])
+    assert report.curve(rows, "episodes") == ([0, 5], [50, 90])  # from what the first episode started with
+    assert report.curve(rows, "critic_updates") == ([10], [50])
     report.curves(report.Curves(tmp_path / "c.png", [f"a=b={tmp_path / 'run'}", str(tmp_path / "run")]))
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
