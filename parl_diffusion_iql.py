@@ -624,7 +624,7 @@ def main(argv: list[str] | None = None) -> None:
             critic_optimizer.state.clear()
         greedy = choose_greedy_distillation(args, q_stds)
         for i in run.steps("online", args.num_online_episodes, envs, act_optimized, args.num_online_evals, "episode"):
-            episode, success = collect_episode(env, act_optimized, args.seed * 100_003 + i, device)
+            episode, success = collect_episode(env, act_optimized, args.seed * 100_003 + i, run)
             buffer.add(episode)
             num_distill, num_critic = round(len(episode) * args.distill_ratio), round(len(episode) * args.utd)
             num_distill *= distilling

@@ -577,7 +577,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Phase 2: episodes of the cloned policy, so that every batch can be half online (appendix B.2)
         for i in run.steps("offline", args.num_warmup_episodes, unit="episode"):
-            episode, success = collect_episode(env, act_cloned, args.seed * 100_003 + 50_000 + i, device)
+            episode, success = collect_episode(env, act_cloned, args.seed * 100_003 + 50_000 + i, run)
             buffer.add(episode)
             run.count(episodes=1, env_steps=len(episode))
             run.log({"episode_success": success, "episode_length": len(episode)})
@@ -587,7 +587,7 @@ def main(argv: list[str] | None = None) -> None:
             policy_optimizer.state.clear()
             policy_optimizer.param_groups[0]["lr"] = args.distill_lr
         for i in run.steps("online", args.num_online_episodes, envs, act_optimized, args.num_online_evals, "episode"):
-            episode, success = collect_episode(env, act_optimized, args.seed * 100_003 + i, device)
+            episode, success = collect_episode(env, act_optimized, args.seed * 100_003 + i, run)
             buffer.add(episode)
             num_distill, num_critic = round(len(episode) * args.distill_ratio), round(len(episode) * args.utd)
             metrics = {"episode_success": success, "episode_length": len(episode)}

@@ -6,15 +6,15 @@
     python benchmarks/speed.py --preset kitchen --obs-dim 59 --action-dim 9 --device cuda
 
 The peak is measured in the same run, between the phases: the best rate of square float32 `torch.mm`s, since a shared
-machine's peak changes by the minute. Where "cpu use" (CPU time over time and threads) is far below 1 on a CPU, something
-else was running, and the share of the peak is too low by as much: the peak is a best of short products, which escape it.
-GFLOP counts what the mathematics needs and nothing that is computed twice, so a script gains nothing by doing work that
-it could leave out. Every case is a process of its own: its peak memory and its time to the first update, imports
-included, are those of that case alone.
+machine's peak changes by the minute. Where "cpu use" (CPU time over time and threads) is far below 1 on a CPU,
+something else was running, and the share of the peak is too low by as much: the peak is a best of short products, which
+escape it. GFLOP counts what the mathematics needs and nothing that is computed twice, so a script gains nothing by
+doing work that it could leave out. Every case is a process of its own: its peak memory and its time to the first
+update, imports included, are those of that case alone.
 
 A script can be measured if it has the functions and classes in NEEDED, with the arguments of the four scripts: a
-diffusion or a transformer policy, and the critic of Cal-QL, IQL or RLPD. The transformer's candidates are drawn once more
-in the naive way, without its cache of keys and values and with the observation repeated for every sample.
+diffusion or a transformer policy, and the critic of Cal-QL, IQL or RLPD. The transformer's candidates are drawn once
+more in the naive way, without its cache of keys and values and with the observation repeated for every sample.
 """
 
 import time
@@ -46,7 +46,7 @@ TIME_DIM = 128  # the policy's time features, DiffusionPolicy's default
 RELEASE_GFLOPS = 160.0  # float32 peak of the machine on which the release's times below were taken
 NEEDED = (
     "Args", "PRESETS", "ReplayBuffer", "Critic", "policy_update", "critic_update", "distill",
-    "refresh_candidates", "optimize", "select_actions", "keep_freed_memory",
+    "refresh_candidates", "optimize", "select_actions",
 )  # fmt: skip
 
 ANTMAZE = dict(
@@ -118,7 +118,8 @@ def critic_update_flops(args, obs_dim: int, action_dim: int) -> int:
     B, E = args.batch_size, args.ensemble_size
     if hasattr(args, "expectile"):  # IQL: target critic, value at s' and s, critic and value with gradients; no policy
         v_rest = rest - 2 * args.critic_hidden[-1] * ((args.num_bins if args.critic_loss == "hl_gauss" else 1) - 1)
-        return B * (E * (obs + action + rest) + obs + v_rest + E * (2 * obs + 2 * action + 3 * rest) + 2 * obs + 3 * v_rest)
+        targets = E * (obs + action + rest) + obs + v_rest
+        return B * (targets + E * (2 * obs + 2 * action + 3 * rest) + 2 * obs + 3 * v_rest)
     subset = args.target_subset
     target = B * subset * (obs + action + rest)
     if not hasattr(args, "cql_actions"):  # RLPD: optimize at s' only, no penalty
@@ -139,7 +140,7 @@ def transformer_layers(args, obs_dim: int) -> tuple[int, int, int]:
 
 
 def policy_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int, int]:
-    """One forward pass: time's part (per denoising step), observation's (per state), action's and the rest (per sample)."""
+    """One forward pass: time's part (per denoising step), observation's (per state), action's and rest (per sample)."""
     width = args.policy_hidden
     time_part = 2 * (TIME_DIM * 2 * TIME_DIM + 2 * TIME_DIM * TIME_DIM + TIME_DIM * width)
     rest = 2 * (args.policy_blocks * 2 * width * 4 * width + width * action_dim)
@@ -175,11 +176,13 @@ def online_flops(args, obs_dim: int, action_dim: int, num_distill: int, num_crit
     """Distilling and critic updates of one round, each after drawing candidates at the distinct ones of its states."""
     # Cal-QL looks at s and s', RLPD at s' alone, IQL at no candidates
     looks = 0 if hasattr(args, "expectile") else 2 if hasattr(args, "cql_actions") else 1
-    states = distinct(num_distill * args.batch_size, num_states) + distinct(looks * num_critic * args.batch_size, num_states)
+    states = distinct(num_distill * args.batch_size, num_states)
+    states += distinct(looks * num_critic * args.batch_size, num_states)
     distilling = optimize_flops(args, obs_dim, action_dim, args.batch_size)
     distilling += policy_update_flops(args, obs_dim, action_dim, args.batch_size)
     critic = critic_update_flops(args, obs_dim, action_dim)
-    return sampling_flops(args, obs_dim, action_dim, states, args.num_samples) + num_distill * distilling + num_critic * critic
+    sampling = sampling_flops(args, obs_dim, action_dim, states, args.num_samples)
+    return sampling + num_distill * distilling + num_critic * critic
 
 
 def distinct(draws: int, population: int) -> int:
@@ -207,7 +210,8 @@ def random_dataset(obs_dim: int, action_dim: int):
 def build(script, args, obs_dim: int, action_dim: int, device) -> SimpleNamespace:
     """Buffer, networks and optimizers as the script's main() builds them; candidates are uniform noise."""
     dataset = random_dataset(obs_dim, action_dim)
-    buffer = script.ReplayBuffer(dataset, dataset.actions, args, device)
+    buffer = script.ReplayBuffer(dataset, args, device)
+    buffer.candidates.uniform_(-1, 1)
     if is_transformer(args):
         sizes = args.policy_bins, args.policy_layers, args.policy_width, args.policy_heads
         policy = script.TransformerPolicy(obs_dim, action_dim, *sizes).to(device)
@@ -224,14 +228,12 @@ def build(script, args, obs_dim: int, action_dim: int, device) -> SimpleNamespac
         critic=critic, target_critic=copy.deepcopy(critic).requires_grad_(False), values=values,
         policy_optimizer=torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True),
         critic_optimizer=torch.optim.Adam(parameters, args.critic_lr, fused=True),
-        candidates=torch.rand(len(buffer.states), args.num_samples, action_dim, device=device) * 2 - 1,
     )  # fmt: skip
 
 
 def critic_step(script, net, args, rows) -> None:
-    candidates = [] if net.values else [net.candidates]
     networks = net.critic, net.target_critic, *net.values, net.critic_optimizer
-    script.critic_update(*networks, net.buffer, *candidates, rows, args)
+    script.critic_update(*networks, net.buffer, rows, args)
 
 
 def clone_step(script, net, args, batch: int) -> None:
@@ -244,15 +246,13 @@ def clone_step(script, net, args, batch: int) -> None:
 def online_round(script, net, args, num_distill: int, num_critic: int) -> None:
     """What main() does after an episode: distill, refresh the states of the coming critic updates, and update."""
     buffer = net.buffer
-    net.candidates = script.distill(
-        net.policy, net.ema_policy, net.policy_optimizer, net.critic, buffer, net.candidates, num_distill,
-        args.greedy_rollouts, args,
-    )[0]  # fmt: skip
+    networks = net.policy, net.ema_policy, net.policy_optimizer, net.critic
+    script.distill(*networks, buffer, num_distill, args.greedy_rollouts, args)
     index = buffer.sample_index((num_critic, args.batch_size))
     if not net.values:
         seen = [buffer.obs_index[index]] if hasattr(args, "cql_actions") else []
         states = torch.cat([*seen, buffer.next_index[index]]).unique()
-        net.candidates = script.refresh_candidates(net.ema_policy, buffer, net.candidates, states, args.num_samples)
+        script.refresh_candidates(net.ema_policy, buffer, states)
     for rows in index:
         critic_step(script, net, args, rows)
 
@@ -265,8 +265,8 @@ def act(script, net, args, obs) -> torch.Tensor:
 
 @torch.no_grad()
 def naive_sample(policy, obs, num_samples: int) -> torch.Tensor:
-    """What TransformerPolicy.sample does, the way one writes it first: for every token the whole sequence of every sample
-    again, the observation repeated. obs (B, O) -> (B n, A)."""
+    """What TransformerPolicy.sample does, the way one writes it first: for every token the whole sequence of every
+    sample again, the observation repeated. obs (B, O) -> (B n, A)."""
     obs = obs.repeat_interleave(num_samples, 0)
     tokens = torch.zeros(len(obs), 0, dtype=torch.long, device=obs.device)
     for i in range(policy.action_dim):
@@ -281,14 +281,14 @@ def naive_sample(policy, obs, num_samples: int) -> torch.Tensor:
 def phases(script, net, args, sizes: tuple[int, int], cloning: tuple[int, ...], steps: int):
     """Yields (name, what is counted, how many of it a call does, floating-point operations of a call, the call).
 
-    sizes: numbers in an observation and in an action; cloning: batch sizes; steps: environment steps of an online round.
+    sizes: numbers in an observation and in an action; cloning: batch sizes; steps: environment steps of a round online.
     """
     for batch in cloning:
         yield (f"cloning, batch {batch}", "update", 1, policy_update_flops(args, *sizes, batch),
                lambda batch=batch: clone_step(script, net, args, batch))  # fmt: skip
     cached = torch.arange(256 if net.buffer.states.device.type == "cpu" else 4096, device=net.buffer.states.device)
     yield ("caching", "state", len(cached), sampling_flops(args, *sizes, len(cached), args.num_samples),
-           lambda: script.refresh_candidates(net.ema_policy, net.buffer, net.candidates, cached, args.num_samples))  # fmt: skip
+           lambda: script.refresh_candidates(net.ema_policy, net.buffer, cached))  # fmt: skip
     if is_transformer(args):
         few = net.buffer.states[: len(cached) // 4]
         yield ("caching, naively", "state", len(few), sampling_flops(args, *sizes, len(few), args.num_samples),
@@ -330,7 +330,7 @@ def repeat(function, seconds: float, device) -> list[float]:
 
 
 def peak_gflops(seconds: float, device) -> float:
-    """Best of float32 matrix products, in GFLOP/s: 1024 and 2048 square on a CPU, 8192 on a GPU, so long for each size."""
+    """Best of float32 matrix products, in GFLOP/s: 1024 and 2048 square on a CPU, 8192 on a GPU, so long for each."""
     best = 0.0
     for n in (8192,) if device.type == "cuda" else (1024, 2048):
         product = functools.partial(torch.mm, *torch.rand(2, n, n, device=device), out=torch.empty(n, n, device=device))
@@ -353,7 +353,8 @@ def measure(options: Options, case: dict, device) -> dict:
     script = load_script(options.script)
     if case["preset"] not in script.PRESETS:
         fail(f"{options.script} has no preset {case['preset']!r}; it has {', '.join(script.PRESETS)}")
-    args = script.Args(**script.PRESETS[case["preset"]] | case["fields"] | {"preset": case["preset"], "device": str(device)})
+    fields = script.PRESETS[case["preset"]] | case["fields"] | {"preset": case["preset"], "device": str(device)}
+    args = script.Args(**fields)
     sizes = case["obs_dim"], case["action_dim"]
     torch.manual_seed(0)
     net = build(script, args, *sizes, device)
@@ -412,15 +413,18 @@ def print_result(result: dict) -> None:
     print(f"{'':25}{'one':>9}{'median':>10}{'fastest':>10}{'per second':>12}{'GFLOP':>9}{'of peak':>9}{'cpu use':>9}")
     for p in result["phases"]:
         times = [f"{t:.2f} s" if t >= 1 else f"{1e3 * t:.3g} ms" for t in (p["seconds"], min(p["repetitions"]))]
-        release = f"   {p['times_the_release']:.2f} times the release at the same peak" if "times_the_release" in p else ""
+        release = ""
+        if "times_the_release" in p:
+            release = f"   {p['times_the_release']:.2f} times the release at the same peak"
         if "times_naive" in p:
             release = f"   {p['times_naive']:.2f} times the naive way"
         print(f"{p['phase']:25}{p['unit']:>9}{times[0]:>10}{times[1]:>10}{1 / p['seconds']:12.4g}{p['gflop']:9.4g}"
               f"{p['share_of_peak']:9.0%}{p['cpu_use']:9.0%}{release}")  # fmt: skip
     print(f"time to the first update {result['first_update_seconds']:.1f} s (imports, networks, one critic update); "
           f"peak memory {result['peak_memory_gb']:.2f} GB")  # fmt: skip
-    print(f"peak of float32 torch.mm {result['peak_gflops']:.0f} GFLOP/s: median of {len(peaks)}, from {min(peaks):.0f} to "
-          f"{max(peaks):.0f}; load average {result['load_before']:.1f} before, {result['load_after']:.1f} after")  # fmt: skip
+    load = f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after"
+    print(f"peak of float32 torch.mm {result['peak_gflops']:.0f} GFLOP/s: median of {len(peaks)}, "
+          f"from {min(peaks):.0f} to {max(peaks):.0f}; {load}")  # fmt: skip
     gpu = f"{m['gpu']}, " if m["gpu"] else ""
     print(f"{gpu}{m['cpu']}, {m['cores']} cores, {m['threads']} threads, torch {m['torch']}", flush=True)
 
@@ -442,14 +446,15 @@ def load_script(name: str):
     """The script as a module: a file of this repository named without its `.py`, or a path from its root."""
     name = name.removesuffix(".py")
     if not (ROOT / f"{name}.py").is_file():
-        fail(f"no script {name}.py in {ROOT}; there is {', '.join(sorted(path.stem for path in ROOT.glob('parl_*.py')))}")
+        there = ", ".join(sorted(path.stem for path in ROOT.glob("parl_*.py")))
+        fail(f"no script {name}.py in {ROOT}; there is {there}")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     script = importlib.import_module(name.replace("/", "."))
     missing = [needed for needed in NEEDED if not hasattr(script, needed)]
     if missing:
         fail(f"{name}.py cannot be measured: it has no {', '.join(missing)}")
-    script.keep_freed_memory()  # as the script's own main does
+    importlib.import_module("benchmarks.harness.fast_critic").keep_freed_memory()  # as the script's own main does
     return script
 
 
@@ -464,7 +469,7 @@ def check_options(options: Options) -> torch.device:
     if not options.preset and (options.obs_dim or options.action_dim):
         fail("--obs-dim and --action-dim go with --preset; a case has its own")
     if not 0 <= options.threads <= cores():
-        fail(f"--threads {options.threads} must lie between 1 and the {cores()} cores there are, or be 0 for all of them")
+        fail(f"--threads {options.threads} must be between 1 and the {cores()} cores there are, or 0 for all of them")
     if not 0 < options.seconds < float("inf"):
         fail(f"--seconds {options.seconds} must be positive and finite")
     if options.json and not pathlib.Path(options.json).absolute().parent.is_dir():

@@ -1,4 +1,4 @@
-"""What `test_end_to_end.py` checks for the first script, in short for the others: a toy run, killed and resumed; bad input."""
+"""What `test_end_to_end.py` checks for the first script, in short for the others: a run killed, resumed; bad input."""
 
 import json
 import random
@@ -6,23 +6,24 @@ import signal
 import time
 
 import pytest
-from test_end_to_end import assert_same_checkpoint, finish, phases_seen, rows_of, start
+from test_end_to_end import FEW, Fork, assert_same_checkpoint, finish, phases_seen, rows_of
 
 import parl_diffusion_iql
 import parl_diffusion_rlpd
 import parl_transformer_calql
 
 TOY = (
-    "--env-id pointmaze-umaze-v0 --dataset-size 1500 --threads 1 --eval-episodes 3 --log-every 10 --checkpoint-seconds 0 "
-    "--num-cloning-steps 60 --num-online-episodes 6 --num-online-evals 2 --cloning-batch-size 32 --critic-hidden 16 16 "
-    "--batch-size 16 --num-bins 16 --num-samples 4 --num-keep 2 --num-gradient-steps 2"
+    "--env-id pointmaze-umaze-v0 --dataset-size 600 --threads 1 --eval-episodes 3 --log-every 10 "
+    "--checkpoint-seconds 0 --num-cloning-steps 40 --num-online-episodes 4 --num-online-evals 2 "
+    "--cloning-batch-size 32 --critic-hidden 16 16 --batch-size 16 --num-bins 16 --num-samples 4 --num-keep 2 "
+    "--num-gradient-steps 2 --distill-ratio 0.3 --utd 0.3"
 ).split()
 DIFFUSION = "--policy-hidden 16 --policy-blocks 1".split()
-OFFLINE = "--num-offline-steps 60 --num-offline-evals 2".split()
+OFFLINE = "--num-offline-steps 40 --num-offline-evals 2".split()
 SCRIPTS = {
     parl_transformer_calql: "--policy-width 16 --policy-layers 1 --policy-heads 2 --policy-bins 32".split() + OFFLINE,
     parl_diffusion_iql: DIFFUSION + OFFLINE + ["--distill-every", "10"],
-    parl_diffusion_rlpd: DIFFUSION + ["--num-warmup-episodes", "3", "--utd", "2"],
+    parl_diffusion_rlpd: DIFFUSION + ["--num-warmup-episodes", "3", "--utd", "1.3"],
 }  # fmt: skip
 VARIANTS = [
     (parl_transformer_calql, "--critic-loss mse --distill-selection sample"),
@@ -40,15 +41,14 @@ def named(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)
 def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(script, tmp_path):
-    flags, file = TOY + SCRIPTS[script], f"{script.__name__}.py"
-    code, output = finish(start(*flags, "--runs", str(tmp_path / "whole"), script=file))
-    assert code == 0, output
+    flags = TOY + SCRIPTS[script]
+    script.main([*flags, "--runs", str(tmp_path / "whole")])
     (reference,) = (tmp_path / "whole").iterdir()
     for name in ("config.json", "metrics.csv", "checkpoint.pt", "summary.png"):
         assert (reference / name).stat().st_size > 0
     assert json.loads((reference / "config.json").read_text())["script"] == script.__name__ in reference.name
 
-    process, folder = start(*flags, "--runs", str(tmp_path / "killed"), script=file), None
+    process, folder = Fork(script, *flags, "--runs", str(tmp_path / "killed")), None
     for phase in ("cloning", "offline", "online"):
         deadline = time.monotonic() + 120
         while folder is None or phase not in phases_seen(folder):
@@ -59,14 +59,18 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(script, tmp_path
         time.sleep(random.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process = start("--resume", str(folder), script=file)
+        process = Fork(script, "--resume", str(folder))
     code, output = finish(process)
     assert code == 0, output
     assert rows_of(folder) == rows_of(reference)
     assert_same_checkpoint(folder, reference)
 
 
-@pytest.mark.parametrize(("script", "flags"), VARIANTS, ids=lambda value: value if isinstance(value, str) else named(value))
+def flags_or_name(value):
+    return value if isinstance(value, str) else named(value)
+
+
+@pytest.mark.parametrize(("script", "flags"), VARIANTS, ids=flags_or_name)
 def test_every_variant_runs(script, flags, tmp_path):
     short = "--num-cloning-steps 2 --num-online-episodes 1".split()
     script.main([*TOY, *SCRIPTS[script], *short, *flags.split(), "--runs", str(tmp_path)])
@@ -89,7 +93,7 @@ def test_every_variant_runs(script, flags, tmp_path):
 )
 def test_bad_flags(script, flags, words, tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        script.main(["--env-id", "pointmaze-umaze-v0", *flags.split(), "--runs", str(tmp_path)])
+        script.main([*FEW, *flags.split(), "--runs", str(tmp_path)])
     message = str(stopped.value)
     assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
     assert not list(tmp_path.iterdir())
@@ -105,7 +109,7 @@ def test_bad_flags(script, flags, words, tmp_path):
         (parl_diffusion_rlpd, "--target-subset 11", "--target-subset"),
         (parl_diffusion_rlpd, "--num-warmup-episodes 0", "--num-warmup-episodes"),
     ],
-    ids=lambda value: value if isinstance(value, str) else named(value),
+    ids=flags_or_name,
 )
 def test_flags_of_their_own_are_checked(script, flags, word, tmp_path):
     with pytest.raises(SystemExit) as stopped:

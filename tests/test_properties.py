@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 
 import parl_diffusion_calql as script
-from benchmarks.tasks.dataset import Dataset
+from benchmarks.harness import datasets, fast_critic
+from benchmarks.tasks.dataset import ARRAYS, Dataset
 
 OBS, ACT = 5, 3
 
@@ -46,7 +47,8 @@ def mean_q(critic, obs, actions):
 class Quadratic(nn.Module):
     """Q_e(s, a) = offset_e - curvature / 2 |a - c_e(s)|^2, c_e(s) = obs + shift_e; the shifts cancel in the mean.
 
-    The mean over the members is a constant (not the action's) less curvature / 2 |a - obs|^2; that of their minimum is not.
+    The mean over the members is a constant (not the action's) less curvature / 2 |a - obs|^2; that of their minimum is
+    not.
     """
 
     def __init__(self, curvature=1.0, shifts=(-0.3, 0.3), offsets=(-1.0, 5.0)):
@@ -155,7 +157,8 @@ def test_local_optimization_stops_at_the_box():
 def test_a_step_that_overshoots_is_rejected(step_size, keep_best_of_path):
     """Beyond twice the inverse curvature every step of a quadratic ends farther from the centre than it began."""
     obs, actions = quadratic_batch()
-    result, q = script.local_optimization(Quadratic(), obs, actions, 5, step_size, -torch.inf, torch.inf, keep_best_of_path)
+    everywhere = -torch.inf, torch.inf
+    result, q = script.local_optimization(Quadratic(), obs, actions, 5, step_size, *everywhere, keep_best_of_path)
     assert torch.equal(result, actions)
     assert torch.equal(q, mean_q(Quadratic(), obs, actions))
 
@@ -172,7 +175,7 @@ def test_a_step_that_changes_nothing_is_rejected():
 
 
 def test_the_two_rules_differ_after_a_bad_step():
-    """Q = a for a < 0.5, a - 1 from there to 0.8, a + 1 after: the release crosses the ditch, the paper stays before it."""
+    """Q = a for a < 0.5, a - 1 from there to 0.8, a + 1 after: the release crosses the ditch, the paper does not."""
 
     def critic(obs, actions):
         a = actions[..., 0]
@@ -214,30 +217,54 @@ def test_over_states_is_the_function_itself(two_threads, floats_per_state):
         return 2 * x, x[:, 0] - y
 
     x, y = torch.randn(203, 4), torch.arange(203.0)
-    doubled, difference = script.over_states(function, x, y, floats_per_state=floats_per_state)
+    doubled, difference = fast_critic.over_states(function, x, y, floats_per_state=floats_per_state)
     assert torch.equal(doubled, 2 * x) and torch.equal(difference, x[:, 0] - y)
     assert sum(sizes) == 203 and len(sizes) >= 2 and (floats_per_state < 10**9 or len(sizes) == 203)
-    single = script.over_states(lambda x: x + 1, x, floats_per_state=floats_per_state)
+    single = fast_critic.over_states(lambda x: x + 1, x, floats_per_state=floats_per_state)
     assert torch.equal(single, x + 1)
     assert torch.get_num_threads() == 2
     with pytest.raises(ZeroDivisionError):  # what goes wrong in a chunk is not swallowed
-        script.over_states(lambda x: 1 / 0, x, floats_per_state=floats_per_state)
+        fast_critic.over_states(lambda x: 1 / 0, x, floats_per_state=floats_per_state)
+
+
+def test_over_states_joins_along_the_dimension_asked_for(two_threads):
+    x = torch.randn(203, 4)
+    result = fast_critic.over_states(lambda x: torch.stack([x, -x]), x, floats_per_state=7_000, dim=1)
+    assert torch.equal(result, torch.stack([x, -x]))
+
+
+def test_in_parts_is_the_function_itself():
+    """No more states at a time than asked for, in order; a tensor that is not there stays away."""
+    sizes = []
+
+    def function(x, y, nothing):
+        sizes.append(len(x))
+        assert len(x) == len(y) and nothing is None
+        return 2 * x, x[:, 0] - y
+
+    x, y = torch.randn(203, 4), torch.arange(203.0)
+    for size, parts in ((100, [100, 100, 3]), (203, [203]), (1000, [203])):
+        sizes.clear()
+        doubled, difference = fast_critic.in_parts(function, size, x, y, None)
+        assert torch.equal(doubled, 2 * x) and torch.equal(difference, x[:, 0] - y)
+        assert sizes == parts
 
 
 def test_chunks_change_nothing(two_threads, monkeypatch):
-    """The acceptance of a step is a comparison of nearly equal numbers, yet chunks and threads leave the result alone."""
-    critic = make_critic()
+    """The acceptance of a step is a comparison of nearly equal numbers, yet chunks and threads change no result."""
+    critic = fast_critic.FrozenCritic(make_critic())
     obs, actions = make_batch(40, 10)
-    monkeypatch.setattr(script, "CACHE_FLOATS", 1)  # one state a chunk, one member at a time
-    calls, forward = [], script.FrozenCritic._forward
+    monkeypatch.setattr(fast_critic, "CACHE_FLOATS", 1)  # one state a chunk, one member at a time
+    calls, forward = [], fast_critic.FrozenCritic._forward
     count = lambda self, obs, *rest: calls.append(len(obs)) or forward(self, obs, *rest)  # noqa: E731
-    monkeypatch.setattr(script.FrozenCritic, "_forward", count)
+    monkeypatch.setattr(fast_critic.FrozenCritic, "_forward", count)
     optimize = lambda: script.optimize_actions(critic, obs, actions, 4, 3, 0.05, data_actions=actions[:, 0])  # noqa: E731
     split = optimize()
     # one ranking, and three steps with the value at their start; for each state and each of the three members
     assert calls == [1] * (5 * 40 * 3)
-    monkeypatch.setattr(script, "over_states", lambda function, *tensors, floats_per_state: function(*tensors))
-    monkeypatch.setattr(script, "CACHE_FLOATS", 10**9)
+    whole = lambda function, *tensors, floats_per_state, dim=0: function(*tensors)  # noqa: E731
+    monkeypatch.setattr(fast_critic, "over_states", whole)
+    monkeypatch.setattr(fast_critic, "CACHE_FLOATS", 10**9)
     calls.clear()
     whole = optimize()
     assert calls == [40] * 5
@@ -266,14 +293,19 @@ def test_sampled_selection_follows_equation_4_3():
     assert chi_square(second[:3], probabilities / probabilities.sum()) < 22  # 2 degrees of freedom
 
 
-def test_data_actions_take_the_place_of_the_worst_kept_candidate():
+BOTH = pytest.mark.parametrize("wrap", [lambda critic: critic, fast_critic.FrozenCritic], ids=["plain", "frozen"])
+
+
+@BOTH
+def test_data_actions_take_the_place_of_the_worst_kept_candidate(wrap):
     critic = make_critic()
+    used = wrap(critic)
     obs, actions = make_batch()
     data_actions = make_batch()[1][:, 0]
     data_actions[2] = data_actions[5] = torch.nan  # states of which the data holds no action
-    plain, plain_q = script.optimize_actions(critic, obs, actions, 4, 0, 0.0)
-    given, given_q = script.optimize_actions(critic, obs, actions, 4, 0, 0.0, data_actions=data_actions)
-    ranked, _ = script.global_optimization(critic, obs, actions, 4)
+    plain, plain_q = script.optimize_actions(used, obs, actions, 4, 0, 0.0)
+    given, given_q = script.optimize_actions(used, obs, actions, 4, 0, 0.0, data_actions=data_actions)
+    ranked, _ = script.global_optimization(used, obs, actions, 4)
     assert torch.equal(plain, ranked)
     expected = ranked.clone()
     for row in (0, 1, 3, 4, 6):
@@ -282,32 +314,36 @@ def test_data_actions_take_the_place_of_the_worst_kept_candidate():
     torch.testing.assert_close(given_q, mean_q(critic, obs, expected))
     assert torch.equal(given_q[2], plain_q[2])
     # and it is optimized like the others
-    climbed, q = script.optimize_actions(critic, obs, actions, 4, 5, 0.02, data_actions=data_actions)
+    climbed, q = script.optimize_actions(used, obs, actions, 4, 5, 0.02, data_actions=data_actions)
     alone = script.local_optimization(critic, obs, expected, 5, 0.02, -1.0, 1.0)
     torch.testing.assert_close((climbed, q), alone)
     assert (q[:, -1] > given_q[:, -1]).all()
 
 
-def test_optimize_actions_is_rank_then_climb():
+@BOTH
+def test_optimize_actions_is_rank_then_climb(wrap):
     critic = make_critic()
+    used = wrap(critic)
     obs, actions = make_batch()
     low, high = -0.5, 0.75
     actions = actions.clamp(low, high)
-    result = script.optimize_actions(critic, obs, actions, 3, 4, 0.3, low, high)
+    result = script.optimize_actions(used, obs, actions, 3, 4, 0.3, low, high)
     kept, _ = script.global_optimization(critic, obs, actions, 3)
     torch.testing.assert_close(result, script.local_optimization(critic, obs, kept, 4, 0.3, low, high))
 
 
-def test_optimize_actions_leaves_the_critic_as_it_was():
+@BOTH
+def test_optimize_actions_leaves_the_critic_as_it_was(wrap):
     critic = make_critic()
+    used = wrap(critic)
     obs, actions = make_batch()
     before = copy.deepcopy(critic.state_dict())
-    result, q = script.optimize_actions(critic, obs, actions, 4, 3, 0.05)
+    result, q = script.optimize_actions(used, obs, actions, 4, 3, 0.05)
     assert all(p.grad is None and p.requires_grad for p in critic.parameters())
     assert all(torch.equal(value, before[name]) for name, value in critic.state_dict().items())
     assert not result.requires_grad and not q.requires_grad
     with pytest.raises(RuntimeError):
-        script.optimize_actions(critic, obs, actions[..., :1], 4, 3, 0.05)  # whatever happens inside
+        script.optimize_actions(used, obs, actions[..., :1], 4, 3, 0.05)  # whatever happens inside
     assert all(p.requires_grad for p in critic.parameters())
 
 
@@ -333,6 +369,39 @@ def test_the_frozen_critic_is_the_critic(num_bins, layer_norm, shared_head):
 
 
 @pytest.mark.parametrize("num_bins", [1, 16])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("shared_head", [False, True])
+@pytest.mark.parametrize("keep_best_of_path", [False, True])
+def test_optimize_is_the_same_with_the_plain_critic(num_bins, layer_norm, shared_head, keep_best_of_path, monkeypatch):
+    """All of algorithm 1, ranking, the data's action and climbing, to float32 rounding; --plain leaves it out."""
+    critic = make_critic(num_bins, scale=0.5, layer_norm=layer_norm, shared_head=shared_head)
+    obs, actions = make_batch(40, 8)
+    data_actions = actions.flip(0)[:, 0].clone()
+    data_actions[::3] = torch.nan
+    settings = dict(num_samples=8, num_keep=4, num_gradient_steps=5, gradient_step_size=0.05)
+    args = make_args(**settings, keep_best_of_path=keep_best_of_path)
+    fast_actions, fast_q = script.optimize(critic, obs, actions, args, data_actions)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "FrozenCritic", Forbidden)
+        plain_actions, plain_q = script.optimize(
+            critic, obs, actions, dataclasses.replace(args, plain=True), data_actions
+        )
+    torch.testing.assert_close(fast_q, plain_q, rtol=1e-5, atol=1e-5 * plain_q.abs().max().item())
+    torch.testing.assert_close(fast_actions, plain_actions, rtol=1e-5, atol=1e-5)
+    assert (plain_actions[:, :-1] - script.global_optimization(critic, obs, actions, 4)[0][:, :-1]).abs().max() > 1e-3
+    torch.testing.assert_close(
+        mean_q(critic, obs, fast_actions), fast_q, rtol=1e-5, atol=1e-5 * fast_q.abs().max().item()
+    )
+
+
+class Forbidden:
+    """In the place of `FrozenCritic`: no critic is one, and none may become one."""
+
+    def __init__(self, critic):
+        raise AssertionError("--plain made a FrozenCritic")
+
+
+@pytest.mark.parametrize("num_bins", [1, 16])
 def test_members_are_independent(num_bins):
     critic = make_critic(num_bins)
     obs, actions = make_batch()
@@ -340,7 +409,8 @@ def test_members_are_independent(num_bins):
         critic.zero_grad()
         critic(obs, actions)[e].sum().backward()
         for name, parameter in critic.named_parameters():
-            assert [(gradient != 0).any().item() for gradient in parameter.grad] == [e == member for member in range(3)], name
+            touched = [(gradient != 0).any().item() for gradient in parameter.grad]
+            assert touched == [e == member for member in range(3)], name
     assert len(list(critic.parameters())) == 2 * 2 + 2 * 2 + 2
 
 
@@ -532,10 +602,12 @@ def test_monte_carlo_returns():
     for sparse in (False, True):
         returns = script.monte_carlo_returns(success, [4], gamma, -1.0, sparse)
         np.testing.assert_allclose(returns, -geometric(gamma, [3, 2, 1, 0]), rtol=1e-6)
-    np.testing.assert_allclose(script.monte_carlo_returns(failure, [5], gamma, -1.0, True), np.full(5, -10.0), rtol=1e-6)
+    failed = script.monte_carlo_returns(failure, [5], gamma, -1.0, True)
+    np.testing.assert_allclose(failed, np.full(5, -10.0), rtol=1e-6)
     plain = script.monte_carlo_returns(failure, [5], gamma, -1.0, False)
     np.testing.assert_allclose(plain, -geometric(gamma, [5, 4, 3, 2, 1]), rtol=1e-6)
-    dense = script.monte_carlo_returns(np.array([-4.0, -4, -3, -2]), [4], 0.5, -4.0, True)  # rose above the smallest reward
+    rose = np.array([-4.0, -4, -3, -2])  # above the smallest reward
+    dense = script.monte_carlo_returns(rose, [4], 0.5, -4.0, True)
     np.testing.assert_allclose(dense, [-7.0, -6.0, -4.0, -2.0])
     worst = script.monte_carlo_returns(np.full(3, -4.0), [3], 0.5, -4.0, True)
     np.testing.assert_allclose(worst, [-8.0] * 3)
@@ -558,12 +630,19 @@ def flags(rows, length):
 
 @pytest.mark.parametrize(
     "terminals, timeouts, ends",
-    [([2, 7], [4], [3, 5, 8]), ([], [3, 7], [4, 8]), ([1], [1], [2, 8]), ([], [], [8]), ([7], [7], [8]), ([0], [6], [1, 7, 8])],
-)
+    [
+        ([2, 7], [4], [3, 5, 8]), ([], [3, 7], [4, 8]), ([1], [1], [2, 8]), ([], [], [8]), ([7], [7], [8]),
+        ([0], [6], [1, 7, 8]),
+    ],
+)  # fmt: skip
 def test_trajectory_ends(terminals, timeouts, ends):
     zeros = np.zeros((8, 1), np.float32)
     dataset = Dataset(zeros, zeros, zeros[:, 0], zeros, flags(terminals, 8), flags(timeouts, 8))
-    assert script.trajectory_ends(dataset).tolist() == ends
+    assert datasets.trajectory_ends(dataset).tolist() == ends
+    dataset.next_observations = zeros + (np.arange(8) == 3)[:, None] * np.float32(1e-5)  # a jump ends one as well
+    assert datasets.trajectory_ends(dataset).tolist() == sorted({*ends, 4})
+    dataset.next_observations = zeros + np.float32(1e-7)  # rounding does not
+    assert datasets.trajectory_ends(dataset).tolist() == ends
 
 
 ENDS = [5, 6, 10, 13]  # a success, a single row, a trajectory cut by the time limit, one that the arrays' end cuts
@@ -586,17 +665,17 @@ def make_dataset():
 def make_buffer(**kwargs):
     dataset = make_dataset()
     args = make_args(discount=0.9, **kwargs)
-    return dataset, args, script.ReplayBuffer(dataset, dataset.actions, args, torch.device("cpu"))
+    return dataset, args, script.ReplayBuffer(dataset, args, torch.device("cpu"))
 
 
-def make_episode(length=4, terminated=0.0):
-    rng = np.random.default_rng(length)
-    return {
-        "observations": rng.normal(size=(length + 1, 2)).astype(np.float32),
-        "actions": rng.uniform(-1, 1, (length, ACT)).astype(np.float32),
-        "rewards": np.array([0.0] * (length - 1) + [terminated], np.float32), "terminated": terminated,
-        "success": bool(terminated),
-    }  # fmt: skip
+def make_episode(length=4, terminated=False):
+    rng, last = np.random.default_rng(length), np.arange(length) == length - 1
+    observations = rng.normal(size=(length + 1, 2)).astype(np.float32)
+    return Dataset(
+        observations=observations[:-1], next_observations=observations[1:],
+        actions=rng.uniform(-1, 1, (length, ACT)).astype(np.float32), rewards=(last & terminated).astype(np.float32),
+        terminals=last & terminated, timeouts=last & (not terminated),
+    )  # fmt: skip
 
 
 def test_replay_buffer_keeps_states_once():
@@ -615,22 +694,24 @@ def test_replay_buffer_keeps_states_once():
     assert buffer.masks.tolist() == [1.0] * 4 + [0.0, 0.0] + [1.0] * 7  # a time limit is not terminal
     expected = np.concatenate([-geometric(0.9, [4, 3, 2, 1, 0]), [-10.0] * 8])
     np.testing.assert_allclose(buffer.mc_returns, expected, rtol=1e-6, atol=1e-7)
-    batch = buffer.batch(torch.tensor([4, 0]))
-    assert batch["rewards"].tolist() == [0.0, -1.0] and batch["masks"].tolist() == [0.0, 1.0]
-    assert torch.equal(batch["next_index"], batch["obs_index"] + 1)
+    index = torch.tensor([4, 0])
+    assert buffer.rewards[index].tolist() == [0.0, -1.0] and buffer.masks[index].tolist() == [0.0, 1.0]
+    assert torch.equal(buffer.next_index, buffer.obs_index + 1)
+    assert buffer.candidates.shape == (18, 32, ACT) and (buffer.candidates == 0).all()
 
 
 def test_replay_buffer_adds_episodes():
-    dataset, args, buffer = make_buffer()
+    dataset, _, buffer = make_buffer()
     states = len(buffer.states)
-    failed, solved = make_episode(4), make_episode(3, terminated=1.0)
-    buffer.add_episode(failed, args)
-    buffer.add_episode(solved, args)
+    failed, solved = make_episode(4), make_episode(3, terminated=True)
+    buffer.add(failed)
+    buffer.add(solved)
     assert len(buffer) == 13 + 4 + 3 and len(buffer.states) == states + 5 + 4 and len(buffer.action_at) == states + 9
+    assert len(buffer.candidates) == states + 9
     for rows, episode in ((slice(13, 17), failed), (slice(17, 20), solved)):
-        observations, actions = torch.as_tensor(episode["observations"]), torch.as_tensor(episode["actions"])
-        assert torch.equal(buffer.states[buffer.obs_index[rows]], observations[:-1])
-        assert torch.equal(buffer.states[buffer.next_index[rows]], observations[1:])
+        observations, actions = torch.as_tensor(episode.observations), torch.as_tensor(episode.actions)
+        assert torch.equal(buffer.states[buffer.obs_index[rows]], observations)
+        assert torch.equal(buffer.states[buffer.next_index[rows]], torch.as_tensor(episode.next_observations))
         assert torch.equal(buffer.actions[rows], actions)
         assert torch.equal(buffer.action_at[buffer.obs_index[rows]], actions)
         assert buffer.action_at[buffer.next_index[rows][-1]].isnan().all()
@@ -641,18 +722,18 @@ def test_replay_buffer_adds_episodes():
 
 
 def test_replay_buffer_plain_returns_of_failed_episodes():
-    _, args, buffer = make_buffer(online_plain_returns=True)
-    buffer.add_episode(make_episode(4), args)
+    _, _, buffer = make_buffer(online_plain_returns=True)
+    buffer.add(make_episode(4))
     np.testing.assert_allclose(buffer.mc_returns[13:], -geometric(0.9, [4, 3, 2, 1]), rtol=1e-6)
     np.testing.assert_allclose(buffer.mc_returns[5:13], -10.0, rtol=1e-6)  # of the offline ones the flag says nothing
 
 
 @pytest.mark.parametrize("mixing_ratio, share", [(0.5, 32), (0.25, 16), (1.0, 64), (0.0, 0)])
 def test_replay_buffer_mixes(mixing_ratio, share):
-    _, args, buffer = make_buffer(mixing_ratio=mixing_ratio)
+    _, _, buffer = make_buffer(mixing_ratio=mixing_ratio)
     index = buffer.sample_index((40, 64))
     assert index.shape == (40, 64) and set(index.flatten().tolist()) == set(range(13))
-    buffer.add_episode(make_episode(6), args)
+    buffer.add(make_episode(6))
     index = buffer.sample_index((40, 64))
     assert index.shape == (40, 64)
     assert ((index < 13).sum(1) == share).all()
@@ -660,18 +741,23 @@ def test_replay_buffer_mixes(mixing_ratio, share):
     assert seen == set(range(13) if share else ()) | set(range(13, 19) if share < 64 else ())
 
 
-def test_replay_buffer_state_dict_round_trip():
-    _, args, buffer = make_buffer()
-    buffer.add_episode(make_episode(4), args)
-    buffer.add_episode(make_episode(3, terminated=1.0), args)
-    saved = buffer.state_dict()
-    assert len(saved["rewards"]) == 7 and len(saved["states"]) == 9  # the online part only
+def test_replay_buffer_round_trip():
+    """Its online episodes are all that a checkpoint holds of it: added again, they make the same buffer."""
+    buffer = make_buffer()[2]
+    buffer.add(make_episode(4))
+    buffer.add(make_episode(3, terminated=True))
+    saved = buffer.episodes
+    assert [len(episode) for episode in saved] == [4, 3]  # the online part only
     restored = make_buffer()[2]
-    restored.append(saved)
-    for name in buffer.FIELDS:
+    for episode in saved:
+        restored.add(Dataset(**{name: getattr(episode, name).copy() for name in ARRAYS}))
+    names = [name for name, value in vars(buffer).items() if torch.is_tensor(value)]
+    assert len(names) == 9
+    for name in names:
         torch.testing.assert_close(getattr(restored, name), getattr(buffer, name), rtol=0, atol=0, equal_nan=True)
+    assert restored.num_offline == buffer.num_offline == 13
     assert torch.equal(restored.sample_index((2, 8)) >= 13, torch.tensor([[False] * 4 + [True] * 4] * 2))
-    restored.add_episode(make_episode(2), args)  # later states are numbered on from there
+    restored.add(make_episode(2))  # later states are numbered on from there
     assert restored.next_index[-1] == len(restored.states) - 1
 
 
@@ -693,18 +779,21 @@ def check_drawn(candidates, states, buffer):
 
 
 def test_refresh_candidates_changes_the_given_states_only():
-    _, args, buffer = make_buffer()
-    policy, samples = MarkingPolicy(2, 3, 2, 8, 1, 8), 3
+    samples = 3
+    _, _, buffer = make_buffer(num_samples=samples)
+    policy = MarkingPolicy(2, 3, 2, 8, 1, 8)
     first = torch.tensor([0, 4, 9, 12])
-    candidates = script.refresh_candidates(policy, buffer, torch.zeros(0, samples, 3), first, samples)
-    assert candidates.shape == (18, samples, 3)
-    check_drawn(candidates, first, buffer)
+    script.refresh_candidates(policy, buffer, first)
+    assert buffer.candidates.shape == (18, samples, 3)
+    check_drawn(buffer.candidates, first, buffer)
     never = torch.ones(18, dtype=bool)
     never[first] = False
-    assert (candidates[never] == 0).all()
-    buffer.add_episode(make_episode(4), args)  # five states more
-    before, second, policy.time = candidates.clone(), torch.tensor([4, 20]), 2
-    candidates = script.refresh_candidates(policy, buffer, candidates, second, samples)
+    assert (buffer.candidates[never] == 0).all()
+    before = buffer.candidates.clone()
+    buffer.add(make_episode(4))  # five states more
+    second, policy.time = torch.tensor([4, 20]), 2
+    script.refresh_candidates(policy, buffer, second)
+    candidates = buffer.candidates
     assert candidates.shape == (23, samples, 3)
     check_drawn(candidates, second, buffer)
     assert (candidates[second, :, 2] == 2).all()
@@ -716,31 +805,32 @@ def test_refresh_candidates_changes_the_given_states_only():
 
 def test_refresh_candidates_of_many_states(two_threads):
     """More states than are drawn at a time: all are drawn, in order."""
-    _, args, buffer = make_buffer()
-    buffer.add_episode(make_episode(9_000), args)
+    _, _, buffer = make_buffer(num_samples=2)
+    buffer.add(make_episode(9_000))
     policy, states = MarkingPolicy(2, 3, 2, 8, 1, 8), torch.randperm(len(buffer.states))[:8_500]
-    candidates = script.refresh_candidates(policy, buffer, torch.zeros(0, 2, 3), states, 2)
+    script.refresh_candidates(policy, buffer, states)
+    candidates = buffer.candidates
     assert torch.equal(candidates[states, :, 0], buffer.states[states, :1].expand(-1, 2))
     assert candidates[states, :, 1].unique().numel() > 0.999 * 17_000  # float32 repeats itself now and then
     assert (candidates[..., 2].sum() == 17_000).all()
 
 
 def test_refresh_candidates_of_no_state():
-    """An episode so short that no update follows it: room is made, nothing is drawn."""
-    _, _, buffer = make_buffer()
+    """An episode so short that no update follows it: nothing is drawn."""
+    _, _, buffer = make_buffer(num_samples=2)
     nothing = torch.zeros(0, dtype=torch.long)
-    policy = script.DiffusionPolicy(2, ACT, 2, 8, 1, 8).eval()
-    assert (script.refresh_candidates(policy, buffer, torch.zeros(0, 2, ACT), nothing, 2) == torch.zeros(18, 2, ACT)).all()
+    script.refresh_candidates(script.DiffusionPolicy(2, ACT, 2, 8, 1, 8).eval(), buffer, nothing)
+    assert torch.equal(buffer.candidates, torch.zeros(18, 2, ACT))
 
 
 def test_refreshed_candidates_are_samples_of_the_policy(two_threads):
     """The same as `sample` itself makes of the same noise."""
-    _, _, buffer = make_buffer()
+    _, _, buffer = make_buffer(num_samples=6)
     policy, every = script.DiffusionPolicy(2, ACT, 5, 16, 2, 8).eval(), torch.arange(18)
     torch.manual_seed(3)
-    candidates = script.refresh_candidates(policy, buffer, torch.zeros(0, 6, ACT), every, 6)
+    script.refresh_candidates(policy, buffer, every)
     torch.manual_seed(3)
-    torch.testing.assert_close(candidates, policy.sample(buffer.states, 6))
+    torch.testing.assert_close(buffer.candidates, policy.sample(buffer.states, 6))
 
 
 # --- THE REST OF THE RECIPE ---
@@ -748,15 +838,16 @@ def test_refreshed_candidates_are_samples_of_the_policy(two_threads):
 
 def test_choose_greedy_distillation():
     args = make_args(greedy_below_std=1.0)
-    measured = lambda std: {"q_std_sum": 4 * std, "q_std_count": 4}  # noqa: E731
+    measured = lambda std: [0.5 * std, std, 1.5 * std]  # noqa: E731
     choose = script.choose_greedy_distillation
     assert choose(args, measured(0.99)) and not choose(args, measured(1.01))
-    assert choose(make_args(greedy_below_std=3.0), measured(2.9)) and not choose(make_args(greedy_below_std=3.0), measured(3.1))
+    args = make_args(greedy_below_std=3.0)
+    assert choose(args, measured(2.9)) and not choose(args, measured(3.1))
     for std in (0.1, 10.0):  # said by hand
         assert choose(make_args(distill_selection="greedy"), measured(std))
         assert not choose(make_args(distill_selection="sample"), measured(std))
     for greedy in (True, False):  # nothing was measured
-        assert choose(make_args(greedy_rollouts=greedy), {"q_std_sum": 0.0, "q_std_count": 0}) == greedy
+        assert choose(make_args(greedy_rollouts=greedy), []) == greedy
 
 
 def test_cloning_lr():
@@ -792,8 +883,10 @@ def test_samples_depend_on_their_own_state_and_noise():
     assert actions.shape == (4, 3, ACT) and (actions.abs() <= 1).all() and not actions.requires_grad
     for b in range(4):
         for i in range(3):
-            torch.testing.assert_close(policy.sample(obs[b : b + 1], 1, noise[b : b + 1, :, i : i + 1])[0, 0], actions[b, i])
-    assert len(policy.sample(obs[:1].expand(50, -1), 4).view(-1, ACT).unique(dim=0)) > 100  # drawn anew without noise given
+            alone = policy.sample(obs[b : b + 1], 1, noise[b : b + 1, :, i : i + 1])[0, 0]
+            torch.testing.assert_close(alone, actions[b, i])
+    drawn = policy.sample(obs[:1].expand(50, -1), 4).view(-1, ACT)  # anew, without noise given
+    assert len(drawn.unique(dim=0)) > 100
 
 
 def test_diffusion_loss_draws_steps_and_noise(monkeypatch):
@@ -814,7 +907,8 @@ def test_diffusion_loss_adds_the_schedules_noise(t, monkeypatch):
     """a_t = sqrt(alpha-bar) a + sqrt(1 - alpha-bar) noise, and the loss is the squared norm, meaned over the batch."""
     policy = script.DiffusionPolicy(OBS, ACT, 5, 16, 1, 8, dropout=0.0)
     seen = []
-    monkeypatch.setattr(policy, "predict_noise", lambda obs_time, noisy: [seen.append(noisy), torch.zeros_like(noisy)][1])
+    predict_zero = lambda obs_time, noisy: [seen.append(noisy), torch.zeros_like(noisy)][1]  # noqa: E731
+    monkeypatch.setattr(policy, "predict_noise", predict_zero)
     actions, noise = torch.rand(4, ACT), torch.randn(4, ACT)
     loss = policy.loss(torch.randn(4, OBS), actions, torch.full((4,), t), noise)
     alpha_bar = math.prod(1 - beta for beta in script.cosine_beta_schedule(5).tolist()[: t + 1])
@@ -830,7 +924,7 @@ def test_dropout_in_training_only():
 
 
 def test_policy_keeps_both_modes():
-    """Two joint modes, (0.7, 0.7) and (-0.7, -0.7), equally often: cloned, both are kept, and neither mixed nor averaged.
+    """Two joint modes, (0.7, 0.7) and (-0.7, -0.7), equally often: cloned, both are kept, not mixed nor averaged.
 
     Ten denoising steps: with the usual five even the exact denoiser leaves 4 % of the samples between the modes.
     """

@@ -1,7 +1,7 @@
 """Parity with the authors' JAX release: inputs, weights and outputs it computed are in tests/data/*.npz.
 
-The files come from MaxSobolMark/PolicyAgnosticRL at commit a26a192, float32 on a CPU. Where the release departs from the
-paper, the script's flag or constructor argument for the release's way is used: `shared_head`, `release_width`,
+The files come from MaxSobolMark/PolicyAgnosticRL at commit a26a192, float32 on a CPU. Where the release departs from
+the paper, the script's flag or constructor argument for the release's way is used: `shared_head`, `release_width`,
 `keep_best_of_path`. Weights are in flax layout: kernels (in, out), the ensemble in front.
 
 Left out, because the script has no such feature: the ensemble-minimum cases of local_opt (`*_ensmin`), the policy
@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import parl_diffusion_calql as script
+from benchmarks.harness.fast_critic import FrozenCritic
 
 DATA = pathlib.Path(__file__).parent / "data"
 TOLERANCE = 1e-5  # of the largest entry of the expected array
@@ -76,7 +77,8 @@ def make_critic(vectors, prefix="critic", settings=""):
     """A Critic with the weights below `prefix`. Ours keep a singleton axis where a bias meets the batch."""
     tree = vectors.tree(prefix)
     kernels = [tree[f"network.Dense_{i}.kernel"] for i in range(2)]
-    action_dim = vectors["actions" if "actions" in vectors else "act" if "act" in vectors else "dataset_actions"].shape[-1]
+    actions = next(name for name in ("actions", "act", "dataset_actions") if name in vectors)
+    action_dim = vectors[actions].shape[-1]
     critic = script.Critic(
         obs_dim=kernels[0].shape[1] - action_dim, action_dim=action_dim, hidden=[k.shape[2] for k in kernels],
         ensemble_size=kernels[0].shape[0], num_bins=tree["Dense_0.bias"].shape[0],
@@ -119,6 +121,9 @@ def make_policy(vectors, prefix, dropout=0.0):
         for name, parameter, transposed in leaves:
             parameter.copy_((tree[name].T if transposed else tree[name]).reshape(parameter.shape))
     return policy
+
+
+BOTH = pytest.mark.parametrize("wrap", [lambda critic: critic, FrozenCritic], ids=["plain", "frozen"])
 
 
 # --- HL-GAUSS ---
@@ -185,7 +190,9 @@ def test_hl_gauss_widths_differ_by_sqrt_2():
 # --- CRITIC ---
 
 
-@pytest.mark.parametrize("name", [f"critic_forward_{head}_{norm}" for head in ("dist", "mse") for norm in ("ln", "noln")])
+@pytest.mark.parametrize(
+    "name", [f"critic_forward_{head}_{norm}" for head in ("dist", "mse") for norm in ("ln", "noln")]
+)
 def test_critic_forward(name):
     v = Vectors(name)
     critic = make_critic(v)
@@ -215,8 +222,9 @@ def test_local_optimization(head, case):
     assert v[f"{case}.ensemble_min"] == 0
     low, high = (v["low"], v["high"]) if v[f"{case}.clip"] else (-torch.inf, torch.inf)
     actions, q = script.local_optimization(
-        critic, v["obs"], v["act"][:, None], v[f"{case}.num_steps"], v[f"{case}.step_size"], low, high, keep_best_of_path=True
-    )
+        critic, v["obs"], v["act"][:, None], v[f"{case}.num_steps"], v[f"{case}.step_size"], low, high,
+        keep_best_of_path=True,
+    )  # fmt: skip
     best, rows = v[f"{case}.best_index"], torch.arange(len(v["obs"]))
     check(actions[:, 0], v[f"{case}.actions"], what="actions")
     check(q[:, 0], v[f"{case}.path_q"][best, rows], what="q")
@@ -253,11 +261,12 @@ def test_global_optimization(head):
 ACTION_CASES = ["keep4", "keep4_dataset", "keepall", "keep4_bigstep", "keep4_dataset_bigstep"]
 
 
+@BOTH
 @pytest.mark.parametrize("head", ["dist", "mse"])
 @pytest.mark.parametrize("case", ACTION_CASES)
-def test_optimize_actions(head, case):
+def test_optimize_actions(head, case, wrap):
     v = Vectors(f"action_opt_{head}_ln")
-    critic, keep = make_critic(v), v[f"{case}.num_actions_to_keep"]
+    critic, keep = wrap(make_critic(v)), v[f"{case}.num_actions_to_keep"]
     data_actions = v["dataset_actions"] if v[f"{case}.use_dataset_actions"] else None
     actions, q = script.optimize_actions(
         critic, v["obs"], v["candidates"], keep, v["num_steps"], v[f"{case}.step_size"], v["low"], v["high"],
@@ -318,8 +327,8 @@ def one_of_copies(actions):
 
 def greedy_actions(v, critic, which):
     actions, q = script.optimize_actions(
-        critic, v[which], v[f"base_policy_actions_{which}"], v["cfg.num_actions_to_keep"], v["cfg.num_steps"],
-        v["cfg.step_size"], v["cfg.low"], v["cfg.high"], keep_best_of_path=True,
+        FrozenCritic(critic), v[which], v[f"base_policy_actions_{which}"], v["cfg.num_actions_to_keep"],
+        v["cfg.num_steps"], v["cfg.step_size"], v["cfg.low"], v["cfg.high"], keep_best_of_path=True,
     )  # fmt: skip
     return script.select_actions(actions, q, greedy=True)
 
@@ -332,8 +341,8 @@ def calql(v, critic, target_critic):
         target_critic, v["rewards"], v["masks"], v["next_obs"], next_actions, v["cfg.discount"], td_members
     )
     loss, info = script.calql_loss(
-        critic, v["obs"], v["actions"], target_q, v["mc_returns"], current_actions, next_actions, v["cql.random_actions"],
-        v["cfg.cql_alpha"], cql_members, release_width=True,
+        critic, v["obs"], v["actions"], target_q, v["mc_returns"], current_actions, next_actions,
+        v["cql.random_actions"], v["cfg.cql_alpha"], cql_members, release_width=True,
     )  # fmt: skip
     return target_q, loss, info
 
@@ -367,7 +376,8 @@ def test_calql_loss_and_gradients(name):
     for ours, theirs in names.items():
         check(info[ours], v[f"info.{theirs}"], what=ours)
     # The release evaluates the sampled actions on all members and averages its metrics over them, then draws; we draw
-    # first, so these two metrics are means over the drawn members. The release keeps that array too: [random, next, current].
+    # first, so these two metrics are means over the drawn members. The release keeps that array too: [random, next,
+    # current].
     q, n = v["cql.q_samples_subsampled"], v["cfg.cql_n_actions"]
     check(info["q_random"], q[..., :n].mean(), what="q_random")
     check(info["q_optimized"], q[..., 2 * n :].mean(), what="q_optimized")
@@ -391,8 +401,9 @@ def test_calql_update(name):
     check_update(v, critic, target_critic)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", CALQL)
-def test_critic_update(name, monkeypatch):
+def test_critic_update(name, plain, monkeypatch):
     """The same by `critic_update`, given the release's draws: the candidates' cache, the wiring, the step."""
     v = Vectors(name)
     critic, target_critic = make_critic(v, "critic", "cfg."), make_critic(v, "target_critic", "cfg.")
@@ -403,19 +414,18 @@ def test_critic_update(name, monkeypatch):
         discount=v["cfg.discount"], cql_alpha=v["cfg.cql_alpha"], cql_actions=v["cfg.cql_n_actions"],
         target_tau=v["update.tau"], num_keep=v["cfg.num_actions_to_keep"], num_gradient_steps=v["cfg.num_steps"],
         gradient_step_size=v["cfg.step_size"], keep_best_of_path=True, hl_gauss_release_width=True, batch_size=B,
+        plain=plain,
     )  # fmt: skip
     index = torch.arange(B)
     rows = {name: v[name] for name in ("actions", "rewards", "masks", "mc_returns")}
     rows |= {"obs_index": index, "next_index": index + B}
-    buffer = types.SimpleNamespace(
-        states=torch.cat([v["obs"], v["next_obs"]]), batch=lambda index: {name: row[index] for name, row in rows.items()}
-    )
     candidates = torch.cat([v["base_policy_actions_obs"], v["base_policy_actions_next_obs"]])
+    buffer = types.SimpleNamespace(states=torch.cat([v["obs"], v["next_obs"]]), candidates=candidates, **rows)
     draws = [torch.arange(E) if m is None else m for m in (td_members, cql_members)]  # in the order of use
     monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: draws.pop(0))
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: (v["cql.random_actions"] + 1) / 2)
     optimizer = torch.optim.Adam(critic.parameters(), v["update.lr"])
-    info = script.critic_update(critic, target_critic, optimizer, buffer, candidates, index, args)
+    info = script.critic_update(critic, target_critic, optimizer, buffer, index, args)
     assert not draws
     check(info["critic_loss"], v["update.critic_loss"], what="loss")
     for leaf, parameter in critic_leaves(critic):
@@ -425,7 +435,7 @@ def test_critic_update(name, monkeypatch):
 
 def check_update(v, critic, target_critic):
     for (leaf, parameter), (_, target) in zip(critic_leaves(critic), critic_leaves(target_critic)):
-        new, new_target = (v[f"update.new_{which}.{leaf}"].view(parameter.shape) for which in ("critic", "target_critic"))
+        new, new_target = (v[f"update.new_{name}.{leaf}"].view(parameter.shape) for name in ("critic", "target_critic"))
         check(parameter, new, what=leaf)
         check(target, new_target, what=f"target's {leaf}")
         # The step is 3e-4 at most and the target's 5e-3 of a small distance, so look at them apart from the weights.
@@ -497,7 +507,8 @@ def test_diffusion_loss_gradients_and_average():
     loss.backward()
     for leaf, parameter, transposed in policy_leaves(policy):
         expected = v[f"grad.{leaf}"]
-        check(parameter.grad, (expected.T if transposed else expected).reshape(parameter.shape), what=f"gradient of {leaf}")
+        expected = (expected.T if transposed else expected).reshape(parameter.shape)
+        check(parameter.grad, expected, what=f"gradient of {leaf}")
     # The release's learning rate is 0 in the first update (warm-up), so only the averaged copy moves.
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.0)
     script.policy_update(policy, average, optimizer, obs, actions, ema_rate=0.002)

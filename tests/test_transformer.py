@@ -1,4 +1,4 @@
-"""The autoregressive policy: tokens of the release, cached sampling against the plain forward pass, joint modes, likelihood."""
+"""The autoregressive policy: the release's tokens, cached sampling against the plain pass, joint modes, likelihood."""
 
 import math
 import pathlib
@@ -57,9 +57,8 @@ def test_each_element_is_computed_once(monkeypatch):
     """The observation's once per state, not per sample; a token's once."""
     policy, rows = make_policy(), []
     forward = script.TransformerBlock.forward
-    monkeypatch.setattr(
-        script.TransformerBlock, "forward", lambda self, x, *a: [rows.append(x.shape[0] * x.shape[1]), forward(self, x, *a)][1]
-    )
+    count = lambda self, x, *rest: rows.append(x.shape[0] * x.shape[1]) or forward(self, x, *rest)  # noqa: E731
+    monkeypatch.setattr(script.TransformerBlock, "forward", count)
     policy.sample(torch.randn(6, OBS), 7)
     assert rows == 2 * [6] + 2 * (ACT - 1) * [6 * 7]  # two layers each
 
@@ -100,7 +99,8 @@ def test_samples_depend_on_their_own_state_and_noise():
     assert actions.shape == (4, 3, ACT) and (actions.abs() <= 1).all() and not actions.requires_grad
     for b in range(4):
         for i in range(3):
-            torch.testing.assert_close(policy.sample(obs[b : b + 1], 1, noise[b : b + 1, i : i + 1])[0, 0], actions[b, i])
+            alone = policy.sample(obs[b : b + 1], 1, noise[b : b + 1, i : i + 1])[0, 0]
+            torch.testing.assert_close(alone, actions[b, i])
     ends = policy.sample(obs, 1, torch.full((4, 1, ACT), 1.0 - 2**-24))  # rounding must not choose a token that is none
     assert ends.abs().max() <= 1
 

@@ -1,12 +1,15 @@
 """The command line of a script: the flags of every run, which value wins, what is refused, and errors in one line."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
-import math
 import os
 import pathlib
+import sys
+import tempfile
+import traceback
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,10 +36,11 @@ class RunArgs:
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     wandb_project: str = "parl"  # project there
     eval_episodes: int = 32  # episodes of an evaluation
+    eval_seed: int = 1_000_000_000  # seed of the first one's start, one more for each: another one to tune on
     eval_processes: bool = True  # simulate them in processes, two for each core
     num_offline_evals: int = 10  # evaluations spread over phase 2
     num_online_evals: int = 10  # evaluations spread over phase 3
-    capture_video: bool = False  # film three episodes of the final policy (pip install opencv-python-headless)
+    capture_video: bool = False  # film three episodes of the final policy (pip install moviepy)
     reward_bias: float = -1.0  # added to every reward so that the best possible one is 0
     reward_min: float = -1.0  # smallest biased reward, 0: the data's; the smallest value is reward_min / (1 - discount)
     discount: float = 0.99  # gamma
@@ -79,11 +83,17 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
         args = tyro.cli(args_class, args=argv, default=args_class(**below | presets[preset]))
         args.preset = preset
     check_args(args)
+    for name in ("runs", "resume", "dataset_path"):  # config.json is read from other folders as well
+        if getattr(args, name):
+            setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
     return args
 
 
 # What a resumed run may change: where things lie and how it is watched, not what is learned.
-FREE = {"track", "wandb_project", "capture_video", "checkpoint_seconds", "device", "threads"}
+FREE = {
+    "track", "wandb_project", "capture_video", "checkpoint_seconds", "device", "threads", "eval_processes", "runs",
+    "dataset_path", "dataset_source",
+}  # fmt: skip
 
 
 def resumed_args(args_class, folder: str, argv: list[str] | None):
@@ -104,43 +114,94 @@ def resumed_args(args_class, folder: str, argv: list[str] | None):
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     saved = args_class(**config | {"resume": folder})
     args = tyro.cli(args_class, args=argv, default=saved)
-    for name in known - FREE:
+    for name in sorted(known - FREE):
         if getattr(args, name) != getattr(saved, name):
-            flag = "--" + name.replace("_", "-")
-            fail(f"{folder} was started with {flag} {getattr(saved, name)}; leave {flag} out, or start a new run")
+            was = getattr(saved, name)
+            fail(f"{folder} was started with {flag(name)} {was}; leave {flag(name)} out, or start a new run")
     return args
+
+
+STEPS, RATE, SHARE = (0, 10**9), (0.0, 1e38), (0.0, 1.0)
+# The least and the most of every number on a command line; the most may be another flag's value. NaN is never between.
+BOUNDS: dict[str, tuple] = {
+    **dict.fromkeys(("seed", "eval_seed"), (0, 2**32 - 1)), "threads": (0, 1024), "checkpoint_seconds": RATE,
+    **dict.fromkeys(("num_cloning_steps", "num_offline_steps", "num_online_episodes", "policy_warmup"), STEPS),
+    **dict.fromkeys(("dataset_size", "num_offline_evals", "num_online_evals", "refresh_every"), STEPS),
+    **dict.fromkeys(("log_every", "eval_episodes", "batch_size", "cloning_batch_size"), (1, 10**9)),
+    **dict.fromkeys(("distill_every", "num_warmup_episodes"), (1, 10**9)),
+    **dict.fromkeys(("policy_hidden", "policy_width", "policy_heads", "critic_hidden"), (1, 10**6)),
+    **dict.fromkeys(("policy_blocks", "policy_layers", "diffusion_steps", "ensemble_size"), (1, 10**4)),
+    **dict.fromkeys(("policy_bins", "num_bins"), (2, 10**6)), "num_samples": (1, 10**6), "num_keep": (1, "num_samples"),
+    **dict.fromkeys(("policy_lr", "distill_lr", "critic_lr", "gradient_step_size", "cql_alpha"), RATE),
+    **dict.fromkeys(("policy_ema", "target_tau", "mixing_ratio"), SHARE), "policy_dropout": (0.0, 0.999),
+    **dict.fromkeys(("utd", "distill_ratio"), (0.0, 1e6)), "greedy_below_std": RATE, "num_gradient_steps": (0, 10**6),
+    "target_subset": (1, "ensemble_size"), "cql_actions": (0, 10**6), "expectile": (0.001, 0.999),
+    "discount": (0.0, 0.99999), "reward_bias": (-1e9, 1e9), "reward_min": (-1e9, 0.0),
+}  # fmt: skip
 
 
 def check_args(args) -> None:
     """Refuse values that cannot work, before anything long begins."""
-    low = dict.fromkeys(("eval_episodes", "batch_size", "cloning_batch_size", "log_every"), 1)
-    low |= {"num_keep": 1, "target_subset": 1, "num_bins": 2, "discount": 0, "mixing_ratio": 0, "cql_actions": 0}
-    low |= dict.fromkeys(("num_cloning_steps", "num_offline_steps", "num_online_episodes", "num_gradient_steps"), 0)
-    high = {"num_keep": "num_samples", "target_subset": "ensemble_size", "discount": 0.99999, "mixing_ratio": 1}
-    high |= {"expectile": 0.999}
-    low |= dict.fromkeys(("diffusion_steps", "policy_heads", "distill_every", "num_warmup_episodes"), 1)
-    low |= {"policy_bins": 2, "expectile": 0.001, "refresh_every": 0}
-    for name, least in low.items():
-        if not hasattr(args, name):  # a flag of another script
+    for name, value in vars(args).items():
+        values = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, bool) or not all(isinstance(v, (int, float)) for v in values):
             continue
-        flag, value = "--" + name.replace("_", "-"), getattr(args, name)
-        most = high.get(name, math.inf)
+        least, most = BOUNDS.get(name, (-1e38, 1e38))  # of a fork's own flag: a finite number
         limit = getattr(args, most) if isinstance(most, str) else most
-        if not least <= value <= limit:
-            most = f"--{most.replace('_', '-')} ({limit})" if isinstance(most, str) else most
-            fail(f"{flag} {value} must be at least {least}" + (f" and at most {most}" if limit < math.inf else ""))
-    if args.reward_min > 0:
-        fail(f"--reward-min {args.reward_min} must not be positive: rewards are biased so that the best one is 0")
+        if not values or not all(least <= v <= limit for v in values):
+            most = f"{flag(most)} ({limit})" if isinstance(most, str) else most
+            why = ": rewards are biased so that the best one is 0" if name == "reward_min" else ""
+            fail(f"{flag(name)} {' '.join(map(str, values))} must be at least {least} and at most {most}{why}")
     if hasattr(args, "policy_heads") and args.policy_width % args.policy_heads:
         fail(f"--policy-heads {args.policy_heads} must divide --policy-width ({args.policy_width})")
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Forgiving:
+    """A stream whose reader may go away (`| head`, a closed terminal): what is written then is lost, and no more."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except (OSError, ValueError):  # ValueError: closed
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_program(main) -> None:
-    """A script as a program."""
+    """A script as a program: output that nobody reads ends nothing, and whatever is raised ends in one line."""
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     try:
         main()
     except KeyboardInterrupt:
         fail("stopped before the run began")
+    except Exception as error:
+        fail(in_one_line(error, pathlib.Path(tempfile.gettempdir()) / f"parl-error-{os.getpid()}.log"))
+
+
+def in_one_line(error: Exception, path: pathlib.Path) -> str:
+    """What was raised, and where the full report is, which is written there."""
+    message = (str(error).strip().splitlines() or ["no message"])[0]
+    try:
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return f"{type(error).__name__}: {message}"
+    return f"{type(error).__name__}: {message} (full report: {path})"
 
 
 def available_cores() -> int:
@@ -151,6 +212,12 @@ def available_cores() -> int:
 def start_torch(args) -> torch.device:
     """Threads, seed and memory as the run wants them; returns the device."""
     torch.set_num_threads(args.threads or available_cores())
+    torch.set_float32_matmul_precision("highest")  # local_optimization compares nearly equal numbers
     keep_freed_memory()
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch without CUDA asserts
+        fail(f"--device {args.device} is not to be had here ({str(error).splitlines()[0]})")
     torch.manual_seed(args.seed)
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    return torch.device(name)

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 
 from benchmarks.harness.cli import fail, start_torch
-from benchmarks.harness.rollouts import check_optional_parts, make_vector_env, rescaled
+from benchmarks.harness.rollouts import check_optional_parts, check_rewards, make_vector_env, rescaled
 from benchmarks.tasks.dataset import ARRAYS
 
 
@@ -20,6 +20,7 @@ def set_up(args, make_env, load_dataset):
     device = start_torch(args)
     try:
         env = rescaled(make_env(args.env_id))
+        check_environment(env, args)
         check_optional_parts(args, make_env)
         envs = make_vector_env(args, make_env)
         size, path = args.dataset_size or None, args.dataset_path or None
@@ -34,31 +35,47 @@ def set_up(args, make_env, load_dataset):
     check_dataset(dataset, env, space, args)
     actions = np.clip(2 * (dataset.actions - space.low) / (space.high - space.low) - 1, -1, 1)
     numbers = {name: getattr(dataset, name) for name in ("observations", "rewards", "next_observations")}
+    flags = {name: np.asarray(getattr(dataset, name)).astype(bool) for name in ("terminals", "timeouts")}
     numbers = {name: np.asarray(array, np.float32) for name, array in (numbers | {"actions": actions}).items()}
-    return device, env, envs, dataclasses.replace(dataset, **numbers)
+    dataset = dataclasses.replace(dataset, **numbers, **flags)
+    say_where_ends_differ(dataset)
+    return device, env, envs, dataset
+
+
+def check_environment(env, args) -> None:
+    """Refuse an environment whose observations are no vector, or whose first step does not give what one needs."""
+    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+        fail(f"the observation space is {env.observation_space}; this script takes a vector (a one-dimensional Box)")
+    env.reset(seed=args.seed)
+    obs, reward, *_ = env.step(np.zeros(env.action_space.shape, np.float32))
+    if np.shape(obs) != env.observation_space.shape or not np.isfinite(obs).all():
+        shape = env.observation_space.shape
+        fail(f"the first step of {args.env_id} gives the observation {obs}; it must be {shape} finite numbers")
+    if np.ndim(reward) or not np.isfinite(reward):
+        fail(f"the first step of {args.env_id} gives the reward {reward!r}; it must be one finite number")
 
 
 def check_dataset(dataset, env, space, args) -> None:
     """Refuse a dataset that does not belong to this environment or holds values no network can be trained on."""
-    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
-        fail(f"the observation space is {env.observation_space}; this script takes a vector (a one-dimensional Box)")
     N, O, A = len(dataset.rewards), *env.observation_space.shape, *space.shape  # noqa: E741
     if N == 0:
         fail("the dataset is empty")
     shapes = {"observations": (N, O), "next_observations": (N, O), "actions": (N, A), "rewards": (N,)}
-    for name, shape in shapes.items():
-        array = getattr(dataset, name)
+    for name, shape in (shapes | dict.fromkeys(("terminals", "timeouts"), (N,))).items():
+        array = np.asarray(getattr(dataset, name))
+        if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+            fail(f"the dataset's {name} have dtype {array.dtype}; they must be numbers ({dataset.source})")
         if array.shape != shape:
             fail(f"the dataset's {name} have shape {array.shape}; this environment needs {shape} ({dataset.source})")
         if not np.isfinite(array).all():
             row = int(np.flatnonzero(~np.isfinite(array.reshape(N, -1)).all(1))[0])
             fail(f"the dataset's {name} hold NaN or infinity, first in row {row} ({dataset.source})")
-    low, high = dataset.rewards.min() + args.reward_bias, dataset.rewards.max() + args.reward_bias
+    for name in ("terminals", "timeouts"):
+        if not np.isin(getattr(dataset, name), (0, 1)).all():
+            fail(f"the dataset's {name} hold values other than 0 and 1 ({dataset.source})")
     if args.reward_min == 0:
-        fail(f"all rewards of the dataset are {low - args.reward_bias:.4g}; set --reward-min ({dataset.source})")
-    if low < args.reward_min - 1e-3 or high > 1e-3:
-        fail(f"the dataset's rewards plus --reward-bias span [{low:.4g}, {high:.4g}], beyond [--reward-min, 0] = "
-             f"[{args.reward_min:.4g}, 0]; set the two flags to fit ({dataset.source})")  # fmt: skip
+        fail(f"all rewards of the dataset are {dataset.rewards.min():.4g}; set --reward-min ({dataset.source})")
+    check_rewards(dataset.rewards.min(), dataset.rewards.max(), args, dataset.source)
     slack = 1e-3 * (space.high - space.low)
     if (dataset.actions < space.low - slack).any() or (dataset.actions > space.high + slack).any():
         low, high = dataset.actions.min(), dataset.actions.max()
@@ -67,9 +84,32 @@ def check_dataset(dataset, env, space, args) -> None:
 
 
 def trajectory_ends(dataset) -> np.ndarray:
-    """Index after the last row of each trajectory, in order; the dataset's end closes the last one."""
-    ends = np.flatnonzero(dataset.terminals | dataset.timeouts) + 1
-    return ends if len(ends) and ends[-1] == len(dataset) else np.append(ends, len(dataset))
+    """Index after the last row of each trajectory, in order: where a flag says so, or where the next row's observation
+    is not this row's next one (to 1e-6 of the larger, or of 1). The dataset's end closes the last one.
+    """
+    return np.flatnonzero(flagged(dataset) | jumps(dataset)) + 1
+
+
+def flagged(dataset) -> np.ndarray:
+    """Rows (N,) whose flags end a trajectory; the last one always does."""
+    ends = dataset.terminals | dataset.timeouts
+    ends[-1] = True
+    return ends
+
+
+def jumps(dataset) -> np.ndarray:
+    """Rows (N,) whose next observation is not the following row's observation."""
+    here, there = dataset.next_observations[:-1], dataset.observations[1:]
+    apart = np.abs(here - there) > 1e-6 * np.maximum(1.0, np.maximum(np.abs(here), np.abs(there)))
+    return np.append(apart.any(1), False)
+
+
+def say_where_ends_differ(dataset) -> None:
+    """One line if the flags do not say where the trajectories end."""
+    unflagged = int((jumps(dataset) & ~flagged(dataset)).sum())
+    if unflagged:
+        timeouts = f"timeouts set in {int(dataset.timeouts.sum())}" if dataset.timeouts.any() else "timeouts all False"
+        print(f"{dataset.source}: {timeouts}, {unflagged} jumps between rows that no flag marks; both end a trajectory")
 
 
 def distinct_states(dataset, ends) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,7 +123,8 @@ def distinct_states(dataset, ends) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     last[ends - 1] = True
     obs_index = np.arange(len(dataset)) + np.cumsum(last) - last  # a trajectory has one state more than it has rows
     states = np.zeros((len(dataset) + len(ends), dataset.observations.shape[1]), np.float32)
-    states[obs_index], states[obs_index + 1] = dataset.observations, dataset.next_observations
+    states[obs_index + 1] = dataset.next_observations
+    states[obs_index] = dataset.observations
     actions = np.full((len(states), dataset.actions.shape[1]), np.nan, np.float32)
     actions[obs_index] = dataset.actions
     return states, actions, obs_index

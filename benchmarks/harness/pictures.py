@@ -4,8 +4,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from benchmarks.harness.fast_critic import FrozenCritic
-from benchmarks.harness.rollouts import EVAL_SEED, film
+from benchmarks.harness.fast_critic import FrozenCritic, sample_on_all_cores
+from benchmarks.harness.rollouts import film
 from benchmarks.harness.runs import write_atomically
 
 
@@ -16,7 +16,7 @@ def finish(run, env, make_env, act, policy, critic) -> None:
     """
     draw_summary(run, env, policy, critic)
     if run.args.capture_video:
-        film(run.args, make_env, act, run.folder / "video.mp4", run.device)
+        film(run, make_env, act)
     print_table(run.results, run.folder)
 
 
@@ -34,7 +34,7 @@ def draw_summary(run, env, policy, critic) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    env.reset(seed=EVAL_SEED)  # so that there is a goal to draw
+    env.reset(seed=run.args.eval_seed)  # so that there is a goal to draw
     maze, args = getattr(env.unwrapped, "maze", None), run.args
     panels = list(run.results.items()) if maze is not None else []
     size = (4.6 + 3.6 * len(panels), 4.0)
@@ -69,7 +69,7 @@ def value_map(states, policy, critic, num_samples: int, count: int = 4000):
     """x, y of states spread over the buffer, and Q of the best of the policy's samples at each."""
     index = torch.linspace(0, len(states) - 1, min(count, len(states))).long()
     states = states[index.to(states.device)]
-    q = FrozenCritic(critic)(states, policy.sample(states, num_samples)).mean(0).amax(1)
+    q = FrozenCritic(critic)(states, sample_on_all_cores(policy, states, num_samples)).mean(0).amax(1)
     return *states[:, :2].T.cpu().numpy(), q.cpu().numpy()
 
 

@@ -1,8 +1,11 @@
 """Episodes: one to learn from, many at a time to measure by, a few on film."""
 
 import multiprocessing
-import pathlib
+import os
 import signal
+import sys
+import time
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -10,8 +13,6 @@ import torch
 
 from benchmarks.harness.cli import available_cores, fail
 from benchmarks.tasks.dataset import Dataset
-
-EVAL_SEED = 1_000_000_000  # the starts of evaluation episodes, the same in all runs; no training episode uses them
 
 
 def rescaled(env: gym.Env) -> gym.Env:
@@ -29,18 +30,33 @@ def rescaled(env: gym.Env) -> gym.Env:
     return gym.wrappers.TransformAction(env, lambda a: np.clip(low + (a + 1) / 2 * (high - low), low, high), unit)
 
 
-def collect_episode(env, act, seed: int, device) -> tuple[Dataset, bool]:
-    """One episode of `act` (obs (1, O) -> (1, A) in [-1, 1]): its transitions, and whether it reached the goal."""
-    obs, info = env.reset(seed=seed)
+class SimulationDied(Exception):
+    """A process that simulates an evaluation's environments ended."""
+
+
+def succeeded(info: dict):
+    """What a step says of success, under either of the names in use; None if it says nothing."""
+    return info.get("success", info.get("is_success"))
+
+
+def collect_episode(env, act, seed: int, run) -> tuple[Dataset, bool]:
+    """One episode of `act` (obs (1, O) -> (1, A) in [-1, 1]): its transitions, and whether it reached the goal.
+
+    run: its device is where observations go; it is asked to stop between any two steps, and ends where the rewards do
+    not fit its flags.
+    """
+    obs, info = env.reset(seed=seed % 2**32)
     observations, actions, rewards, done, success = [obs], [], [], False, False
     while not done:
-        action = act(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])[0].cpu().numpy()
+        run.check_stop()
+        action = act(torch.as_tensor(obs, dtype=torch.float32, device=run.device)[None])[0].cpu().numpy()
         obs, reward, terminated, truncated, info = env.step(action)
         observations.append(obs)
         actions.append(action)
         rewards.append(reward)
-        success = success or bool(info.get("success", False))
+        success = success or bool(succeeded(info))
         done = terminated or truncated
+    check_rewards(min(rewards), max(rewards), run.args, "an online episode")
     last = np.arange(len(rewards)) == len(rewards) - 1
     observations = np.array(observations, np.float32)
     return Dataset(
@@ -49,26 +65,36 @@ def collect_episode(env, act, seed: int, device) -> tuple[Dataset, bool]:
     ), success  # fmt: skip
 
 
-def evaluate(envs, act, args, device) -> dict:
+def check_rewards(low: float, high: float, args, source: str) -> None:
+    """Refuse rewards that leave the range in which the critic's values are."""
+    low, high = low + args.reward_bias, high + args.reward_bias
+    if not (low >= args.reward_min - 1e-3 and high <= 1e-3):  # so that NaN is refused, too
+        fail(f"the rewards plus --reward-bias span [{low:.4g}, {high:.4g}], beyond [--reward-min, 0] = "
+             f"[{args.reward_min:.4g}, 0]; set the two flags to fit ({source})")  # fmt: skip
+
+
+def evaluate(envs, act, run) -> dict:
     """Run `act` for args.eval_episodes episodes, as many at a time as there are environments, from the same starts.
 
     Returns success_rate in [0, 1], score (100 x success, or 25 x sub-tasks completed where a task counts them), return
     (rewards with the bias, undiscounted), length (decisions), and the trajectories as a list of (steps + 1, O).
     """
-    n, total = envs.num_envs, args.eval_episodes
+    args, n, total, told = run.args, envs.num_envs, run.args.eval_episodes, False
     success, scores, returns, lengths = np.zeros(total, bool), np.zeros(total), np.zeros(total), np.zeros(total, int)
     actions, trajectories = np.zeros(envs.action_space.shape, np.float32), []
     for first in range(0, total, n):
-        obs, _ = envs.reset(seed=[EVAL_SEED + first + i for i in range(n)])
+        seeds = [(args.eval_seed + first + i) % 2**32 for i in range(n)]
+        obs, _ = simulate(envs, lambda seeds=seeds: envs.reset(seed=seeds), run)
         episodes, active = first + np.arange(n), first + np.arange(n) < total
         observations = [obs]
         while active.any():
             rows = np.flatnonzero(active)
-            actions[rows] = act(torch.as_tensor(obs[rows], dtype=torch.float32, device=device)).cpu().numpy()
-            obs, reward, terminated, truncated, info = envs.step(actions)
+            actions[rows] = act(torch.as_tensor(obs[rows], dtype=torch.float32, device=run.device)).cpu().numpy()
+            obs, reward, terminated, truncated, info = simulate(envs, lambda: envs.step(actions), run)
             observations.append(obs)
-            now = episodes[rows]
-            success[now] |= np.asarray(info.get("success", np.zeros(n)), bool)[rows]
+            now, reached = episodes[rows], succeeded(info)
+            if reached is not None:
+                told, success[now] = True, success[now] | np.asarray(reached, bool)[rows]
             score = 25 * np.asarray(info["completed"])[rows] if "completed" in info else 100 * success[now]
             scores[now] = np.maximum(scores[now], score)
             returns[now] += reward[rows] + args.reward_bias
@@ -78,8 +104,21 @@ def evaluate(envs, act, args, device) -> dict:
         trajectories += [stacked[: lengths[episode] + 1, i] for i, episode in enumerate(episodes) if episode < total]
     return {
         "success_rate": float(success.mean()), "score": float(scores.mean()), "return": float(returns.mean()),
-        "length": float(lengths.mean()), "trajectories": trajectories,
+        "length": float(lengths.mean()), "trajectories": trajectories, "tells_success": told,
     }  # fmt: skip
+
+
+def simulate(envs, call, run):
+    """`call()`, of a vector of environments, unless the run is to stop; names a process of theirs that ended."""
+    run.check_stop()
+    try:
+        return call()
+    except (EOFError, OSError) as error:
+        run.check_stop()  # a signal to all of the run's processes: this one is the first to hear of the others' end
+        time.sleep(0.5)  # until the system has noted how it ended
+        codes = [process.exitcode for process in getattr(envs, "processes", [])]
+        dead = [f"{i + 1} of {len(codes)} (exit code {code})" for i, code in enumerate(codes) if code is not None]
+        raise SimulationDied(f"simulation process {', '.join(dead) or 'unknown'} ended during an evaluation") from error
 
 
 def make_vector_env(args, make_env) -> gym.vector.VectorEnv:
@@ -89,6 +128,7 @@ def make_vector_env(args, make_env) -> gym.vector.VectorEnv:
         if multiprocessing.parent_process() is not None:  # Ctrl-C is for the run, which ends its processes itself
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            sys.stderr = open(os.devnull, "w")  # what goes wrong there, the run tells in its own words
         return rescaled(make_env(args.env_id))
 
     if not args.eval_processes:
@@ -98,24 +138,25 @@ def make_vector_env(args, make_env) -> gym.vector.VectorEnv:
     return gym.vector.AsyncVectorEnv([make_one] * min(args.eval_episodes, 2 * available_cores()), context=context)
 
 
-def film(args, make_env, act, path: pathlib.Path, device, episodes: int = 3) -> None:
-    """An mp4 of a few evaluation episodes. OpenCV and off-screen OpenGL were found at the start."""
-    import cv2
+def close(envs) -> None:
+    """End the environments of an evaluation; where some process is dead, gymnasium would wait for its answer."""
+    if isinstance(envs, gym.vector.AsyncVectorEnv):
+        for process in envs.processes:
+            process.terminate()
+        envs.closed = True
+    elif envs is not None:
+        envs.close()
 
-    env, writer = rescaled(make_env(args.env_id, render_mode="rgb_array")), None
-    for episode in range(episodes):
-        obs, done = env.reset(seed=EVAL_SEED + episode)[0], False
-        while not done:
-            frame = env.render()
-            if writer is None:
-                fps = min(30, env.metadata.get("render_fps", 10))
-                writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frame.shape[1::-1])
-            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-            action = act(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])[0].cpu().numpy()
-            obs, _, terminated, truncated, _ = env.step(action)
-            done = terminated or truncated
-    writer.release()
-    env.close()
+
+def film(run, make_env, act, episodes: int = 3) -> None:
+    """videos/*.mp4 of a few evaluation episodes. moviepy and off-screen OpenGL were found at the start."""
+    env = rescaled(make_env(run.args.env_id, render_mode="rgb_array"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = gym.wrappers.RecordVideo(env, str(run.folder / "videos"), lambda episode: True, disable_logger=True)
+        for episode in range(episodes):
+            collect_episode(env, act, run.args.eval_seed + episode, run)
+        env.close()
 
 
 def check_optional_parts(args, make_env) -> None:
@@ -127,9 +168,9 @@ def check_optional_parts(args, make_env) -> None:
             fail("--track needs Weights & Biases: pip install wandb")
     if args.capture_video:
         try:
-            import cv2  # noqa: F401
+            import moviepy  # noqa: F401
         except ImportError:
-            fail("--capture-video needs OpenCV: pip install opencv-python-headless")
+            fail("--capture-video needs moviepy: pip install moviepy")
         try:
             env = make_env(args.env_id, render_mode="rgb_array")
             env.reset()

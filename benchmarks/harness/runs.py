@@ -1,13 +1,16 @@
 """A run's folder: settings, metrics, checkpoint; stopping and going on where it stopped."""
 
+import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,19 +23,20 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from benchmarks.harness.cli import fail, script_name
+from benchmarks.harness.cli import fail, in_one_line, script_name
 from benchmarks.harness.datasets import fingerprint, trajectory_ends
-from benchmarks.harness.rollouts import evaluate
+from benchmarks.harness.rollouts import SimulationDied, close, evaluate
 from benchmarks.tasks.dataset import ARRAYS, Dataset
 
 PHASES = ("cloning", "offline", "online", "done")
 PROGRESS = ("phase", "step", "updates", "episodes", "env_steps", "seconds")  # columns of every row
+LABELS = {"cloning": "cloned policy", "offline": "after offline RL", "online": "after online RL"}  # of a phase's end
 SCORES = ("success_rate", "score", "return", "length")  # of an evaluation
 EPISODE = ("episode_success", "episode_length")  # of an online episode
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM asked the run to end."""
+    """SIGINT, SIGTERM or SIGUSR1 asked the run to end."""
 
 
 class Run:
@@ -50,28 +54,21 @@ class Run:
             modules: networks and optimizers by name, which are loaded here when a run is resumed.
         """
         self.args, self.modules, self.buffer, self.stop_signal = args, modules, buffer, None
-        self.progress = dict.fromkeys((*PROGRESS, "rows"), 0) | {"phase": PHASES[0], "seconds": 0.0}
+        self.progress = dict.fromkeys((*PROGRESS, "rows"), 0) | {"phase": PHASES[0], "seconds": 0.0, "evaluated": -1}
+        self.envs, self.handlers = None, {}
         self.device, self.local, self.results, self.curve = buffer.states.device, dataset.local, {}, []
         self.data = fingerprint(dataset)
-        if args.resume:
-            self.folder = pathlib.Path(args.resume)
-            self._load()
-        else:
-            script = script_name(args)
-            task = args.env_id + ("-local" if dataset.local else "")  # not the published data: say so in the name
-            name = f"{task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.folder = pathlib.Path(args.runs) / name
-            self._check_space()
-            data = {name: getattr(dataset, name) for name in ("source", "sha256", "local")}
-            data |= {"transitions": len(dataset)}
-            config = {"script": script, "provenance": provenance(), "data": data} | dataclasses.asdict(args)
-            text = json.dumps(config, indent=2).encode()
-            write_atomically(self.folder / "config.json", lambda file: file.write(text))
+        self.folder = pathlib.Path(args.resume) if args.resume else self._make_folder()
+        self.lock = lock(self.folder)
+        try:
+            self._load() if args.resume else self._write_config(dataset)
+        except BaseException:
+            self.lock.close()
+            raise
         self.started = time.monotonic() - self.progress["seconds"]
         self.saved_at, self.logged = time.monotonic(), (time.monotonic(), self.progress["updates"])
         self._open_logs()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        self._catch_signals()
         trajectories = len(trajectory_ends(dataset))
         print(f"{args.env_id}: {len(dataset)} transitions in {trajectories} trajectories ({dataset.source})")
         threads = torch.get_num_threads()
@@ -80,12 +77,20 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
-        self.csv.close()
-        self.writer.close()
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for part in (self.csv, self.writer, self.lock):
+            part.close()
+        close(self.envs)
+        again = "to continue: " + shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
         if kind is Stopped:
-            print(f"\nstopped by {self.stop_signal.name}; to continue: python {sys.argv[0]} --resume {self.folder}")
+            print(f"\nstopped by {self.stop_signal.name}; {again}", flush=True)
             raise SystemExit(128 + self.stop_signal) from None
+        if kind is SimulationDied:
+            fail(f"{error}; the run is saved and stops; {again}")
+        if kind is not None and issubclass(kind, Exception):
+            fail(f"{in_one_line(error, self.folder / 'error.log')}; {again}")
 
     @property
     def phase(self) -> str:
@@ -104,22 +109,25 @@ class Run:
         """
         if self.progress["phase"] != phase:
             return
-        first = self.progress["step"]
-        measured = set(np.linspace(0, total, evals + 1, dtype=int)[1:-1].tolist()) if evals else set()
+        first, self.envs = self.progress["step"], envs or self.envs
+        measured = set(np.linspace(0, total, evals + 1, dtype=int)[1:].tolist()) | {total}
+        if act is None or (total == 0 and phase != "cloning"):
+            measured = set()
         with tqdm(total=total, initial=first, desc=phase, unit=unit, mininterval=0.5) as bar:
-            for step in range(first, total):
-                self.count(updates=int(unit == "update"))
-                yield step
-                if step + 1 in measured:
-                    self.evaluate(f"{phase} RL", envs, act)
-                self.progress["step"] = step + 1
-                bar.update()
-                if self.stop_signal or time.monotonic() - self.saved_at > self.args.checkpoint_seconds:
+            for step in range(first, total + 1):
+                if step in measured and self.progress["evaluated"] < step:
+                    self.save()  # an evaluation takes long: one that is stopped begins anew, and nothing else is lost
+                    self.evaluate(LABELS[phase] if step == total else f"{phase} RL", envs, act, final=step == total)
+                    self.progress["evaluated"] = step
+                elif self.stop_signal or time.monotonic() - self.saved_at > self.args.checkpoint_seconds:
                     self.save()
                 self.check_stop()
-        if act is not None and (total or phase == "cloning"):
-            self.evaluate("cloned policy" if phase == "cloning" else f"after {phase} RL", envs, act, final=True)
-        self.progress |= {"phase": PHASES[PHASES.index(phase) + 1], "step": 0}
+                if step < total:
+                    self.count(updates=int(unit == "update"))
+                    yield step
+                    self.progress["step"] = step + 1
+                    bar.update()
+        self.progress |= {"phase": PHASES[PHASES.index(phase) + 1], "step": 0, "evaluated": -1}
         self.logged = (time.monotonic(), self.progress["updates"])
         self.save()
         self.check_stop()
@@ -139,10 +147,21 @@ class Run:
         if self.stop_signal:
             raise Stopped
 
-    def _on_signal(self, number, frame):
-        if self.stop_signal:  # asked twice: at once
-            raise Stopped
-        self.stop_signal = signal.Signals(number)
+    def _catch_signals(self):
+        """Stop at the next good place when asked to; a terminal that hangs up only makes the run save soon."""
+
+        def stop(number, frame):
+            if self.stop_signal:  # asked twice: at once
+                raise Stopped
+            self.stop_signal = signal.Signals(number)
+
+        def hang_up(number, frame):
+            self.saved_at = -math.inf
+
+        for name, handler in {"SIGINT": stop, "SIGTERM": stop, "SIGUSR1": stop, "SIGHUP": hang_up}.items():
+            if hasattr(signal, name):  # Windows has two of them
+                number = getattr(signal, name)
+                self.handlers[number] = signal.signal(number, handler)
 
     def log(self, metrics: dict, every: int = 1) -> None:
         """A row of metrics.csv and its TensorBoard scalars, of numbers or scalar tensors; stops at impossible values.
@@ -200,13 +219,16 @@ class Run:
 
     def evaluate(self, label: str, envs, act, final: bool = False) -> None:
         """Measure `act`: a line on the screen, a row of metrics, a point of the curve; `final`: of the table."""
-        result = evaluate(envs, act, self.args, self.device)
+        result = evaluate(envs, act, self)
         scores = {name: result[name] for name in SCORES}
         self.log(scores)
         self.curve.append([self.progress["phase"], self.progress["updates"], result["score"]])
         if final:
             paths = [torch.tensor(path[:, :2]) for path in result["trajectories"][:24]]
             self.results[label] = scores | {"seconds": self.progress["seconds"], "trajectories": paths}
+        if not (result["tells_success"] or self.progress.setdefault("said", False)):
+            self.progress["said"] = True
+            tqdm.write("this task reports neither info['success'] nor info['is_success']: look at the return")
         tqdm.write("{:>18}: success {:6.1%}   score {:5.1f}   return {:8.2f}   length {:6.1f}   after {:.0f} s".format(
             label, *scores.values(), self.progress["seconds"]))  # fmt: skip
 
@@ -251,17 +273,31 @@ class Run:
         for episode in episodes:
             self.buffer.add(Dataset(**{name: episode[name].numpy() for name in ARRAYS}))
 
-    def _check_space(self):
-        """Room for two checkpoints (weights and two moments each; the old one stands until the new one is whole)."""
+    def _make_folder(self) -> pathlib.Path:
+        """A folder that no other run has, with room for two checkpoints (the old one stands until the new is whole)."""
         weights = sum(p.nbytes for m in self.modules.values() if isinstance(m, nn.Module) for p in m.parameters())
-        needed = (2 * 3 * weights + 100 * 2**20) / 2**20
+        needed = (2 * 3 * weights + 100 * 2**20) / 2**20  # weights and two moments each
+        task = self.args.env_id + ("-local" if self.local else "")  # not the published data: say so in the name
+        name = f"{task}__{script_name(self.args)}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        runs = pathlib.Path(self.args.runs)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free / 2**20
+            runs.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(runs).free / 2**20
+            if free < needed:
+                fail(f"{runs} has {free:.0f} MB free, the run needs {needed:.0f} MB; name another place with --runs")
+            for number in itertools.count(1):  # runs of a sweep start in the same second
+                folder = runs / (name if number == 1 else f"{name}-{number}")
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    return folder
         except OSError as error:
-            fail(f"cannot make the folder {self.folder} ({error.strerror}); name another with --runs")
-        if free < needed:
-            fail(f"{self.folder} has {free:.0f} MB free, the run needs {needed:.0f} MB; name another place with --runs")
+            fail(f"cannot make a folder in {runs} ({error.strerror}); name another place with --runs")
+
+    def _write_config(self, dataset) -> None:
+        data = {name: getattr(dataset, name) for name in ("source", "sha256", "local")} | {"transitions": len(dataset)}
+        config = {"script": script_name(self.args), "provenance": provenance(), "data": data}
+        text = json.dumps(config | dataclasses.asdict(self.args), indent=2).encode()
+        write_atomically(self.folder / "config.json", lambda file: file.write(text))
 
     def _open_logs(self):
         from torch.utils.tensorboard import SummaryWriter  # takes a second that bad input need not wait for
@@ -290,15 +326,38 @@ def provenance() -> dict[str, str]:
         commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() or commit
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "command": " ".join(["python", *sys.argv]), "commit": commit,
+        "command": shlex.join(["python", *sys.argv]), "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, {platform.system()}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, gymnasium {gym.__version__}",
     }  # fmt: skip
 
 
+def lock(folder: pathlib.Path):
+    """Hold the folder while the returned file is open; refuse one that a living run holds."""
+    try:
+        file = open(folder / ".lock", "a+")
+    except OSError as error:
+        fail(f"cannot write to {folder} ({error.strerror}); a run must own its folder")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        fail(f"{folder} is the folder of a run that is still alive (process {holder}); let it end or stop it first")
+    except (ImportError, OSError):  # Windows, or a file system without locks: nobody is kept out
+        pass
+    file.truncate(0)
+    print(os.getpid(), file=file, flush=True)
+    for left in folder.glob("*.partial"):  # by a run that was killed while it wrote
+        left.unlink(missing_ok=True)
+    return file
+
+
 def write_atomically(path: pathlib.Path, write) -> None:
     """`write(file)`, so that `path` holds either what it held before or all of the new content."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
             write(file)
