@@ -71,7 +71,7 @@ class Args(RunArgs):
     policy_lr: float = 1e-4  # Adam, cloning: warm-up, then cosine decay
     policy_warmup: int = 2_000  # updates of warm-up
     distill_lr: float = 3e-5  # Adam, distilling: constant
-    policy_ema: float = 0.002  # rate of the averaged copy of the policy, the one that is sampled
+    policy_ema: float = 1.0  # rate of the averaged copy of the policy, the one that is sampled: 1, no average (release)
     # critic
     ensemble_size: int = 10  # members of the critic
     target_subset: int = 2  # members whose minimum is the TD target, and members penalised: both drawn anew each update
@@ -84,29 +84,33 @@ class Args(RunArgs):
     target_tau: float = 0.005  # rate of the target critic
     cql_alpha: float = 0.005  # weight of the Cal-QL penalty
     cql_actions: int = 10  # random actions in its logsumexp
-    online_plain_returns: bool = False  # the release's way: a failed online episode is worth its plain discounted sum
+    release_returns: bool = False  # a cut trajectory is worth the sum up to the cut, online a failed one, too
     # action optimization
     num_samples: int = 32  # k, candidates drawn from the policy
     num_keep: int = 10  # m, candidates kept by rank
     num_gradient_steps: int = 10  # T, gradient steps on each kept action; 0: rank only
     gradient_step_size: float = 3e-4  # alpha of equation 4.2
     keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
-    use_data_actions: bool = False  # alg. 1's a_data(s): the data's action replaces the worst kept candidate
+    distill_data_actions: bool = True  # alg. 1's a_data(s) is one more candidate when distilling
+    target_data_actions: bool = False  # and in the critic's targets (the release: there never)
+    sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release, max-backup)
     # acting and distilling
     greedy_rollouts: bool = True  # act online with the best candidate; else draw from equation 4.3
     distill_selection: Literal["auto", "greedy", "sample"] = "auto"  # teach the best candidate, or draws from eq. 4.3
     greedy_below_std: float = 1.0  # auto: greedy if the candidates' Q differ less (offline, standard deviation)
-    mixing_ratio: float = 0.5  # share of offline data in an online batch
+    mixing_ratio: float = 0.5  # share of offline data in the critic's online batch
+    distill_mixed: bool = False  # distil on such batches (release, from images), not uniformly over all states
     utd: float = 1.0  # critic updates per environment step, online
     distill_ratio: float = 1.0  # distilling updates per environment step
 
 
-# What a task family changes in the defaults above, which are the paper's (appendix B.1) and its release's.
+# What a task family changes. Of the defaults the paper (appendix B.1) gives k, m, T, the step and the policy's network,
+# its release the critic and the rates; numbers of updates are our choice (the release: 3,000,000 of cloning).
 PRESETS: dict[str, dict] = {
     "default": {},
     "antmaze": dict(critic_hidden=(256, 256, 256, 256)),
     "kitchen": dict(critic_hidden=(512, 512, 512), num_offline_steps=500_000, reward_bias=-4.0, reward_min=-4.0,
-                    sparse_reward=False, greedy_rollouts=False),
+                    sparse_reward=False, greedy_rollouts=False, sample_backup=True),
     "ogbench": dict(reward_bias=0.0, reward_min=0.0),  # its rewards are minus the number of parts left to do
     # Sized for two CPU cores. One-step TD carries value over a horizon of H decisions in about H / target_tau updates;
     # here a good way takes 10 to 15 decisions, hence the faster target and the smaller discount. Fewer candidates and
@@ -167,7 +171,7 @@ class TransformerPolicy(nn.Module):
 
     def __init__(self, obs_dim, action_dim, bins=128, layers=4, width=256, heads=8):
         super().__init__()
-        self.action_dim, self.heads = action_dim, heads
+        self.action_dim, self.heads, self.bins = action_dim, heads, bins
         self.width = 4 * width  # floats of a sample's largest activation
         self.observation, self.embedding = nn.Linear(obs_dim, width), nn.Embedding(bins, width)
         self.position = nn.Parameter(torch.empty(action_dim, width))
@@ -217,8 +221,7 @@ class TransformerPolicy(nn.Module):
 
         def choose(i, logits):
             cumulated = torch.softmax(logits, -1).cumsum(-1)
-            tokens = torch.searchsorted(cumulated, noise[:, :, i, None].contiguous())[..., 0]
-            return tokens.clamp(max=len(self.centers) - 1)  # where rounding leaves the sum below the noise
+            return torch.searchsorted(cumulated, noise[:, :, i, None].contiguous())[..., 0].clamp(max=self.bins - 1)
 
         return self.centers[self.decode(obs, num_samples, choose)]
 
@@ -238,10 +241,9 @@ class TransformerPolicy(nn.Module):
         tokens = [choose(0, self.head(self.norm(x)).expand(-1, n, -1).contiguous())]
         caches = x.new_empty(len(self.blocks), 2, B, n, self.heads, A, head_width)
         caches[..., :1, :] = prefix[:, :, :, None]
-        caches = caches.flatten(2, 3)
         for i in range(1, A):
             x = (self.embedding(tokens[-1]) + self.position[i]).view(B * n, 1, -1)
-            for block, cache in zip(self.blocks, caches):
+            for block, cache in zip(self.blocks, caches.flatten(2, 3)):
                 x = block(x, cache, i)
             tokens.append(choose(i, self.head(self.norm(x)).view(B, n, -1)))
         return torch.stack(tokens, -1)
@@ -259,17 +261,17 @@ def cloning_lr(step: int, args: Args) -> float:
 def policy_update(policy, ema_policy, optimizer, obs, actions, ema_rate: float) -> torch.Tensor:
     """One step of supervised learning on obs (B, O), actions (B, A); the averaged copy follows. Returns the loss."""
     loss = policy.loss(obs, actions)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    ema_update(ema_policy, policy, ema_rate)
+    gradient_step(loss, optimizer, policy, ema_policy, ema_rate)
     return loss.detach()
 
 
-@torch.no_grad()
-def ema_update(average: nn.Module, online: nn.Module, rate: float) -> None:
-    """average <- (1 - rate) average + rate online, parameter by parameter."""
-    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), rate)
+def gradient_step(loss, optimizer, online: nn.Module, average: nn.Module, rate: float) -> None:
+    """One step of the optimizer, then average <- (1 - rate) average + rate online, parameter by parameter."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), rate)
 
 
 # --- CRITIC ---
@@ -335,8 +337,7 @@ def hl_gauss_target(values, edges, release_width=False):
     """Histogram of a Gaussian around each value, on the bins between `edges`, normalised: HL-Gauss.
 
     values (...), within some 1e7 bins of the edges, outside them the mass goes to the nearest bin; edges (bins + 1,) ->
-    probabilities (..., bins). release_width: sigma sqrt(2) times wider; the release passes the erf form's argument to
-    the normal CDF.
+    probabilities (..., bins). release_width: sigma sqrt(2) times wider, by the erf form's argument in the normal CDF.
     """
     sigma = 0.75 * (edges[1] - edges[0]) * (math.sqrt(2) if release_width else 1.0)
     z = (edges - values[..., None]) / sigma
@@ -396,16 +397,17 @@ def q_and_gradient(critic, obs, actions, need_gradient=True):
 
 
 def optimize_actions(critic, obs, actions, num_keep, num_steps, step_size, low=-1.0, high=1.0, data_actions=None,
-                     keep_best_of_path=False):  # fmt: skip
+                     keep_best_of_path=False, replace_worst=False):  # fmt: skip
     """Algorithm 1: rank the candidates, keep the best, climb.
 
-    obs (B, O), actions (B, k, A) samples of the policy, data_actions (B, A) or None -> actions (B, m, A), q (B, m).
-    `data_actions` is a_data(s): it takes the place of the worst kept candidate (NaN where there is none).
+    obs (B, O), actions (B, k, A) samples of the policy, data_actions (B, A) or None -> actions (B, m, A), q (B, m), or
+    m + 1 with data_actions. These are a_data(s) of line 3: one more candidate, climbed like the others; where there is
+    none, NaN, the worst kept one stands twice. With replace_worst (release) it takes the worst one's place.
     """
     actions, _ = global_optimization(critic, obs, actions, num_keep)
     if data_actions is not None:
         known = torch.where(data_actions.isnan(), actions[:, -1], data_actions)
-        actions = torch.cat([actions[:, :-1], known[:, None]], 1)
+        actions = torch.cat([actions[:, :-1] if replace_worst else actions, known[:, None]], 1)
     return local_optimization(critic, obs, actions, num_steps, step_size, low, high, keep_best_of_path)
 
 
@@ -468,40 +470,38 @@ def calql_loss(critic, obs, actions, target_q, mc_returns, current_actions, next
 def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -> dict[str, torch.Tensor]:
     """Algorithm 2, line 4: one update on the transitions `index` (B,), their candidates taken from the cache."""
     states = torch.cat([buffer.obs_index[index], buffer.next_index[index]])
-    obs_both, B = buffer.states[states], len(index)
-    data_actions = buffer.action_at[states] if args.use_data_actions else None  # at s' the one that came next
-    optimized, q = optimize(critic, obs_both, buffer.candidates[states], args, data_actions)
-    current_actions, next_actions = select_actions(optimized, q, greedy=True).split(B)  # the same in all uses (release)
-    obs, next_obs = obs_both.split(B)
+    data_actions = buffer.action_at[states] if args.target_data_actions else None  # at s' the one that came next
+    optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, data_actions)
+    current_actions, next_actions = select_actions(optimized, q, not args.sample_backup).chunk(2)
+    obs, next_obs = buffer.states[states].chunk(2)
     td_members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
     cql_members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
     rewards, masks = buffer.rewards[index], buffer.masks[index]
     target_q = td_target(target_critic, rewards, masks, next_obs, next_actions, args.discount, td_members)
-    random_actions = torch.rand(B, args.cql_actions, optimized.shape[-1], device=obs.device) * 2 - 1
+    random_actions = torch.rand(len(index), args.cql_actions, optimized.shape[-1], device=obs.device) * 2 - 1
     loss, info = calql_loss(
         critic, obs, buffer.actions[index], target_q, buffer.mc_returns[index], current_actions, next_actions,
         random_actions, args.cql_alpha, cql_members, args.hl_gauss_release_width,
     )  # fmt: skip
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    ema_update(target_critic, critic, args.target_tau)
-    info["q_std"] = q[:B].std(1, correction=int(args.num_keep > 1)).mean()  # what appendix B.1 decides by
+    gradient_step(loss, optimizer, critic, target_critic, args.target_tau)
+    info["q_std"] = q[: len(index)].std(1, correction=0).mean()  # what appendix B.1 decides by
     return info
 
 
 # --- DATA ---
-def monte_carlo_returns(rewards, ends, discount, reward_min, sparse):
+def monte_carlo_returns(rewards, terminals, ends, discount, failure=-math.inf, plain=False):
     """Discounted return-to-go of every row, the V^mu(s) that calibrates Cal-QL: float32 (N,).
 
-    rewards (N,) biased; ends: index after the last row of each trajectory. sparse: a trajectory that never rose above
-    reward_min never succeeds: reward_min / (1 - discount) everywhere, not the sum up to where it happened to be cut.
+    rewards (N,) biased, terminals (N,), ends: index after the last row of each trajectory. One that was cut goes on
+    with its last reward for ever: + gamma^k r_last / (1 - gamma) at its end (our choice; plain, as in the release: the
+    sum up to the cut). One that never rose above `failure` never succeeds: failure / (1 - gamma) from everywhere.
     """
     returns = np.zeros(len(rewards), np.float64)
     for start, end in zip([0, *ends[:-1]], ends):
-        failed, running = sparse and rewards[start:end].max() <= reward_min, 0.0
+        failed, last = rewards[start:end].max() <= failure, rewards[end - 1]
+        running = 0.0 if terminals[end - 1] or plain else last / (1 - discount)
         for i in range(end - 1, start - 1, -1):
-            running = returns[i] = reward_min / (1 - discount) if failed else rewards[i] + discount * running
+            running = returns[i] = failure / (1 - discount) if failed else rewards[i] + discount * running
     return returns.astype(np.float32)
 
 
@@ -515,7 +515,7 @@ class ReplayBuffer:
 
     def __init__(self, dataset, args: Args, device):
         """dataset: checked arrays, with actions in [-1, 1]."""
-        self.args, self.device, self.episodes = args, device, []
+        self.args, self.device, self.data = args, device, []  # a checkpoint keeps what came after the dataset
         self.add(dataset)
         self.num_offline = len(self)
 
@@ -524,12 +524,12 @@ class ReplayBuffer:
 
     def add(self, data) -> None:
         """Append the trajectories of the dataset or, once that is there, an online episode."""
-        args, online = self.args, hasattr(self, "num_offline")
-        if online:
-            self.episodes.append(data)  # what a checkpoint holds of this buffer
+        args, online = self.args, len(self.data) > 0
+        self.data.append(data)
         rewards, ends = data.rewards + np.float32(args.reward_bias), trajectory_ends(data)
-        sparse = args.sparse_reward and not (online and args.online_plain_returns)
-        mc_returns = monte_carlo_returns(rewards, ends, args.discount, args.reward_min, sparse)
+        self.lowest = min(float(rewards.min()), self.lowest if online else 0.0)  # what a step of a failure is worth
+        failure = self.lowest if args.sparse_reward and not (online and args.release_returns) else -math.inf
+        mc_returns = monte_carlo_returns(rewards, data.terminals, ends, args.discount, failure, args.release_returns)
         states, action_at, obs_index = distinct_states(data, ends)
         obs_index += len(self.states) if online else 0
         new = dict(states=states, action_at=action_at, obs_index=obs_index, next_index=obs_index + 1, rewards=rewards,
@@ -539,10 +539,10 @@ class ReplayBuffer:
             tensor = torch.as_tensor(array, device=self.device)
             setattr(self, name, torch.cat([getattr(self, name), tensor]) if online else tensor)
 
-    def sample_index(self, shape: tuple[int, int]) -> torch.Tensor:
-        """Row indices (updates, batch): once there is online data, mixing_ratio of each batch is offline."""
-        if len(self) == self.num_offline:
-            return torch.randint(self.num_offline, shape, device=self.device)
+    def sample_index(self, shape: tuple[int, int], mixed: bool = True) -> torch.Tensor:
+        """Row indices (updates, batch): mixing_ratio of each batch offline, the rest online; or uniform over all."""
+        if not mixed or len(self) == self.num_offline:
+            return torch.randint(len(self), shape, device=self.device)
         num_offline = round(self.args.mixing_ratio * shape[1])
         offline = torch.randint(self.num_offline, (shape[0], num_offline), device=self.device)
         online = torch.randint(self.num_offline, len(self), (shape[0], shape[1] - num_offline), device=self.device)
@@ -562,15 +562,15 @@ def refresh_candidates(policy, buffer, states) -> None:
 
 # --- DISTILLATION ---
 def distill(policy, ema_policy, optimizer, critic, buffer, num_updates, greedy, args: Args, sampler=None):
-    """Section 4.2: annotate states of the buffer with optimized actions (equation 4.4), then clone those.
+    """Section 4.2: annotate states, uniform over the buffer, with optimized actions (equation 4.4), then clone those.
 
     The critic does not change meanwhile, so all annotations of the round are made first, from candidates drawn now (by
     `sampler`, the policy that is sampled if None). Returns the targets (num_updates, B, A) and, as metrics, the mean
     loss, and of the annotations the mean Q and its standard deviation over the candidates of a state.
     """
-    states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size)).flatten()]
+    states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size), args.distill_mixed).flatten()]
     refresh_candidates(sampler or ema_policy, buffer, states.unique())
-    data_actions = buffer.action_at[states] if args.use_data_actions else None
+    data_actions = buffer.action_at[states] if args.distill_data_actions else None
     optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, data_actions)
     targets = select_actions(optimized, q, greedy).view(num_updates, args.batch_size, -1)
     obs = buffer.states[states].view(num_updates, args.batch_size, -1)

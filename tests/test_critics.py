@@ -137,10 +137,7 @@ def test_iql_learns_the_best_return_of_the_data():
     rewards = torch.tensor([-4.0, -1.0]).repeat(32)
     for _ in range(1500):
         loss, _ = iql.iql_loss(critic, target, value, obs, actions, rewards, torch.zeros(64), obs, 0.99, 0.9)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        iql.ema_update(target, critic, 0.05)
+        iql.gradient_step(loss, optimizer, critic, target, 0.05)
     q = critic(obs[:2], actions[:2, None])[..., 0].mean(0)
     torch.testing.assert_close(q, torch.tensor([-4.0, -1.0]), atol=0.1, rtol=0)
     expectile = 0.9 * -1 + 0.1 * -4  # of two equally frequent ones

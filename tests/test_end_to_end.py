@@ -210,7 +210,7 @@ def test_offline_and_online_can_be_left_out(tmp_path):
     "flags",
     [
         "--critic-loss mse",
-        "--use-data-actions --keep-best-of-path --hl-gauss-release-width --online-plain-returns",
+        "--target-data-actions --keep-best-of-path --hl-gauss-release-width --release-returns --distill-mixed --sample-backup",
         "--distill-selection sample --no-greedy-rollouts --num-keep 1 --num-gradient-steps 0",
         "--num-offline-steps 0 --num-offline-evals 0 --mixing-ratio 1 --utd 2 --distill-ratio 0",
     ],

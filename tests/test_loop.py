@@ -29,7 +29,7 @@ DIFFUSION = "--policy-hidden 8 --policy-blocks 1 --policy-dropout 0.5".split()
 CALQL, IQL, RLPD, TRANSFORMER = parl_diffusion_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql
 FLAGS = {
     CALQL: [*DIFFUSION, "--num-offline-steps", str(OFFLINE)],
-    IQL: [*DIFFUSION, "--num-offline-steps", str(OFFLINE), "--distill-every", str(EVERY)],
+    IQL: [*DIFFUSION, "--num-offline-steps", str(OFFLINE), "--distill-every", str(EVERY), "--distill-after", "0"],
     RLPD: [*DIFFUSION, "--num-warmup-episodes", "2"],
     TRANSFORMER: f"--policy-width 8 --policy-layers 1 --policy-heads 2 --num-offline-steps {OFFLINE}".split(),
 }
@@ -73,6 +73,10 @@ class MadeUpEnv(gym.Env):
 
     def _observe(self):
         return self.np_random.uniform(-1, 1, OBS_DIM).astype(np.float32)
+
+
+def best_of(actions, q):
+    return actions[torch.arange(len(actions)), q.argmax(1)]
 
 
 def weights(network):
@@ -365,7 +369,7 @@ def test_a_round_is_an_episode_then_distilling_then_the_critic(played, script):
 @scripts
 def test_distilling_teaches_candidates_of_states_that_transitions_begin_with(played, script):
     """Not of the states they lead to, of which each trajectory's last has no action; online ones are among them."""
-    notes = played(script, "--distill-ratio", "2.0")
+    notes = played(script, "--distill-ratio", "2.0", "--no-distill-data-actions")
     buffer = notes.buffer
     begins = {tuple(row.tolist()) for row in buffer.states[buffer.obs_index]}
     offline = {tuple(row.tolist()) for row in torch.tensor(made_up_dataset().observations)}
@@ -386,9 +390,8 @@ def test_greedy_or_drawn_is_as_asked_for_in_each_use(played, script, flags):
     for uses, greedy in ((acting, flags is DRAWN_DISTILLING), (distilling, flags is DRAWN_ACTING), (targets, True)):
         assert uses or (uses is targets and script is IQL)
         for note in uses:
-            best = note["args"][0][:, 0]  # ranked, and no gradient step changes the order
-            assert torch.equal(note["result"], best) or not greedy
-        assert greedy or any(not torch.equal(note["result"], note["args"][0][:, 0]) for note in uses)
+            assert torch.equal(note["result"], best_of(*note["args"][:2])) or not greedy
+        assert greedy or any(not torch.equal(note["result"], best_of(*note["args"][:2])) for note in uses)
     for note in notes.of("distill"):
         taught = [u["args"][4] for u in notes.of("policy_update", note["phase"], "distill")]
         assert note["result"][0].shape[:2] == (note["args"][5], 16)
@@ -442,3 +445,84 @@ def test_idql_never_distills_and_acts_by_rank_alone(played):
     assert {note["args"][3].num_gradient_steps for note in notes.of("optimize")} == {0}
     steps = played(IQL, "--num-gradient-steps", "2").of("optimize")
     assert {note["args"][3].num_gradient_steps for note in steps} == {2}
+
+
+# --- AS THE PAPER HAS IT, AND THE RELEASE'S WAY BEHIND A FLAG ---
+
+
+@scripts
+@pytest.mark.parametrize("mixed", [False, True])
+def test_distilling_looks_at_all_states_alike_and_the_critic_at_half_online(played, script, mixed):
+    """Equation 4.4: an online row counts as much as an offline one. The half and half is the critic's batch alone."""
+    notes = played(script, "--distill-ratio", "20", *(["--distill-mixed"] if mixed else []))
+    first = notes.buffer.states[notes.buffer.obs_index[:ROWS]]
+    online = [
+        ~(note["args"][3][:, None] == first[None]).all(-1).any(1)
+        for note in notes.of("policy_update", "online", "distill")
+    ]
+    share = torch.cat(online).float().mean().item()
+    rows = [ROWS + LENGTH * n for n in (1, 2)] if script is not RLPD else [ROWS + LENGTH * (2 + n) for n in (1, 2)]
+    uniform = np.mean([1 - ROWS / n for n in rows])
+    assert share == pytest.approx(0.5 if mixed else uniform, abs=0.04), share
+    assert {note["is_online"].item() for note in notes.of("critic_update", "online")} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [(one, flags) for one in FLAGS for flags in ((), ("--no-distill-data-actions",))]
+    + [(one, ("--target-data-actions",)) for one in FLAGS if one is not IQL],  # whose targets look at no candidates
+    ids=lambda value: value.__name__ if hasattr(value, "__name__") else " ".join(value),
+)
+def test_the_datas_own_action_is_a_candidate_where_it_should_be(played, script, flags):
+    """When distilling (algorithm 1, line 3), not in the critic's targets and not when acting, unless asked for."""
+    notes = played(script, *flags)
+    given = {"distill": flags != ("--no-distill-data-actions",), "critic_update": flags == ("--target-data-actions",)}
+    for note in notes.of("optimize"):
+        where = next((name for name in given if name in note["inside"]), None)
+        data_actions = (*note["args"], None)[4]
+        assert (data_actions is not None) == given.get(where, False)
+        if data_actions is not None:
+            obs = note["args"][1]
+            index = (notes.buffer.states[None] == obs[:, None]).all(-1).float().argmax(1)
+            torch.testing.assert_close(data_actions, notes.buffer.action_at[index], equal_nan=True)
+            assert note["result"][0].shape[1] == 3 + 1  # beside the three kept, in nobody's place
+    assert notes.of("optimize", inside="distill")
+
+
+@pytest.mark.parametrize("script", [CALQL, TRANSFORMER, RLPD], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_targets_are_of_the_best_action_or_of_a_drawn_one(played, script, drawn):
+    """The release's greedy action, or section 4.3's draw from equation 4.3; of what is optimized at the next states."""
+    notes = played(script, *(["--sample-backup"] if drawn else []))
+    uses = notes.of("select_actions", inside="critic_update")
+    same = [torch.equal(note["result"], best_of(*note["args"][:2])) for note in uses]
+    assert all(same) != drawn
+    for use, target in zip(uses, notes.of("td_target")):
+        assert torch.equal(target["args"][4], use["result"][-len(target["args"][4]) :])
+    assert (
+        script.Args(**script.PRESETS["kitchen"]).sample_backup
+        and not script.Args(**script.PRESETS["antmaze"]).sample_backup
+    )
+
+
+@pytest.mark.parametrize("after", [0.0, 0.5, 1.0])
+def test_iql_distils_offline_once_its_critic_can_rank(played, after):
+    """No round in the first share of the phase; with 1 none at all, which is the release."""
+    notes, done, rounds_at = played(IQL, "--distill-after", str(after)), 0, []
+    for note in notes.calls:
+        done += note["call"] == "critic_update" and note["phase"] == "offline"
+        if note["call"] == "distill" and note["phase"] == "offline":
+            rounds_at.append(done)
+    assert rounds_at == [n for n in range(EVERY, OFFLINE + 1, EVERY) if n - 1 >= after * OFFLINE]
+    assert notes.of("distill", "online")
+    assert IQL.Args().distill_after > 0 and IQL.Args().ensemble_size == 2
+
+
+def test_rlpd_judges_the_spread_by_its_last_rounds(played, monkeypatch):
+    """The first rounds' is that of a random critic."""
+    seen, choose = [], RLPD.choose_greedy_distillation
+    monkeypatch.setattr(
+        RLPD, "choose_greedy_distillation", lambda args, q_stds: seen.append(len(q_stds)) or choose(args, q_stds)
+    )
+    played(RLPD, "--num-online-episodes", "13", "--num-online-evals", "0")
+    assert seen == [*range(1, 11), 10, 10, 10]

@@ -270,7 +270,7 @@ def test_optimize_actions(head, case, wrap):
     data_actions = v["dataset_actions"] if v[f"{case}.use_dataset_actions"] else None
     actions, q = script.optimize_actions(
         critic, v["obs"], v["candidates"], keep, v["num_steps"], v[f"{case}.step_size"], v["low"], v["high"],
-        data_actions=data_actions, keep_best_of_path=True,
+        data_actions=data_actions, keep_best_of_path=True, replace_worst=True,
     )  # fmt: skip
     # The release's order is ascending where it ranks, with the dataset's action appended, and the given order where it
     # keeps all. Here it is best first, and the dataset's action stands last, where the worst one stood.
@@ -395,9 +395,7 @@ def test_calql_update(name):
     v = Vectors(name)
     critic, target_critic = make_critic(v, "critic", "cfg."), make_critic(v, "target_critic", "cfg.")
     optimizer = torch.optim.Adam(critic.parameters(), v["update.lr"])
-    calql(v, critic, target_critic)[1].backward()
-    optimizer.step()
-    script.ema_update(target_critic, critic, v["update.tau"])
+    script.gradient_step(calql(v, critic, target_critic)[1], optimizer, critic, target_critic, v["update.tau"])
     check_update(v, critic, target_critic)
 
 

@@ -50,7 +50,7 @@ class Run:
 
         Args:
             dataset: where it came from goes into config.json.
-            buffer: its `episodes` are saved with every checkpoint and added again on resuming, and so are
+            buffer: its `data` but the first is saved with every checkpoint and added again on resuming, and so are
             modules: networks and optimizers by name, which are loaded here when a run is resumed.
         """
         self.args, self.modules, self.buffer, self.stop_signal = args, modules, buffer, None
@@ -267,7 +267,7 @@ class Run:
 
     def _episodes(self):
         """The buffer's online episodes, as tensors."""
-        return [{name: torch.as_tensor(getattr(episode, name)) for name in ARRAYS} for episode in self.buffer.episodes]
+        return [{name: torch.as_tensor(getattr(episode, name)) for name in ARRAYS} for episode in self.buffer.data[1:]]
 
     def _add_episodes(self, episodes):
         for episode in episodes:
