@@ -27,7 +27,8 @@ from benchmarks.tasks.dataset import (
     TaskError,
     announce_local_data,
     cache_dir,
-    check_numbers,
+    check_array,
+    check_lengths,
     collect_in_chunks,
     file_sha256,
     one_at_a_time,
@@ -232,7 +233,9 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         source: `download`, `local`, or `auto`: local if the file cannot be downloaded.
     """
     if path is not None:
-        return read_npz(path) if pathlib.Path(path).suffix == ".npz" else read_hdf5(path)
+        if pathlib.Path(path).suffix == ".npz":
+            return read_npz(path, obs_shape=(OBS,), action_shape=(ACTIONS,))
+        return read_hdf5(path)
     file, reason = cache_dir() / "antmaze" / FILES[env_id], "--dataset-source local was asked for"
     if source != "local":
         try:
@@ -285,13 +288,12 @@ def read_hdf5(path, sha256: str | None = None) -> Dataset:
                     if key in INFO_KEYS:
                         continue
                     raise TaskError(f"{path} has no {key!r}; an AntMaze file of D4RL has {', '.join(KEYS | INFO_KEYS)}")
-                arrays[key] = check_numbers(key, file[key][:], path, shape)
-    except (OSError, RuntimeError, AttributeError, KeyError) as error:
+                kind = "flag" if key in ("terminals", "timeouts") else "number"
+                arrays[key] = check_array(key, file[key][()], path, shape, kind)
+    except (OSError, RuntimeError, AttributeError, KeyError, TypeError) as error:  # a group is no array: TypeError
         raise TaskError(f"{path} is not a readable HDF5 file, or it is truncated ({str(error).splitlines()[0]})") from error
-    lengths = {key: len(array) for key, array in arrays.items()}
-    if len(set(lengths.values())) != 1 or lengths["rewards"] < 2:
-        raise TaskError(f"{path} has arrays of different or no length: {lengths}")
-    timeouts, terminals = arrays["timeouts"].astype(bool), arrays["terminals"].astype(bool)
+    check_lengths(arrays, path, at_least=2)
+    timeouts, terminals = arrays["timeouts"], arrays["terminals"]
     kept = ~timeouts
     kept[-1] = False
     cut = np.append(~kept[1:], True) & ~terminals  # the last kept row of a trajectory that only ran out of time

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import sys
 import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -57,41 +58,106 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("PARL_CACHE") or pathlib.Path.home() / ".cache" / "parl")
 
 
-def read_npz(path, sha256: str | None = None) -> Dataset:
+def read_npz(path, sha256: str | None = None, obs_shape: tuple = (None,), action_shape: tuple = (None,)) -> Dataset:
     """Read a dataset written by `write_npz` (or any `.npz` with the six arrays).
 
     Args:
         path: the file.
         sha256: what its bytes must hash to; None skips the check.
+        obs_shape: of one observation; None stands for any size. Three numbers are an image, whose values must be uint8.
+        action_shape: of one action, likewise.
     Raises:
-        TaskError: missing, truncated, changed, lacking an array, or arrays of different length.
+        TaskError: missing, truncated, changed, lacking an array, or an array that `check_array` refuses.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise TaskError(f"no dataset file at {path}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if sha256 is not None and digest != sha256:
-        raise TaskError(f"{path} changed on disk (sha256 {digest[:12]}, expected {sha256[:12]}); delete it to build it anew")
-    try:
+    with readable(path):
+        digest = file_sha256(path)
+        if sha256 is not None and digest != sha256:
+            raise TaskError(_changed(path, digest, sha256))
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ARRAYS if name not in file]
             if missing:
                 raise TaskError(f"{path} has no array {missing[0]!r}; a dataset needs {', '.join(ARRAYS)}")
             arrays = {name: file[name] for name in ARRAYS}
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        if isinstance(error, TaskError):
-            raise
-        raise TaskError(f"{path} is not a readable .npz file, or it is truncated ({error})") from error
-    lengths = {name: len(array) if array.ndim else -1 for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1:
-        raise TaskError(f"{path} has arrays of different length: {lengths}")
+    observation = "image" if len(obs_shape) == 3 else "number"
+    arrays["observations"] = check_array("observations", arrays["observations"], path, obs_shape, observation)
+    obs_shape = arrays["observations"].shape[1:]
+    shapes_and_kinds = {
+        "next_observations": (obs_shape, observation),
+        "actions": (action_shape, "number"),
+        "rewards": ((), "number"),
+        "terminals": ((), "flag"),
+        "timeouts": ((), "flag"),
+    }
+    for name, (shape, kind) in shapes_and_kinds.items():
+        arrays[name] = check_array(name, arrays[name], path, shape, kind)
+    check_lengths(arrays, path)
     for name in ("observations", "actions", "rewards", "next_observations"):
-        if not np.issubdtype(arrays[name].dtype, np.number):
-            raise TaskError(f"{path}: {name} has dtype {arrays[name].dtype}; it must be a number")
-        arrays[name] = arrays[name].astype(np.float32)
-    for name in ("terminals", "timeouts"):
-        arrays[name] = arrays[name].astype(bool)
+        if arrays[name].dtype != np.uint8 or observation != "image":
+            arrays[name] = arrays[name].astype(np.float32)
     return Dataset(**arrays, source=str(path), sha256=digest)
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Turn what a damaged `.npz` archive raises into one line."""
+    try:
+        yield
+    except TaskError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise TaskError(f"{path} is not a readable .npz file, or it is truncated ({reason})") from error
+
+
+def check_array(name: str, array, path, shape: tuple, kind: str = "number") -> np.ndarray:
+    """The one check that every array of every dataset goes through, whatever file it comes from.
+
+    Args:
+        name: of the array, for the message.
+        array: as it was read.
+        path: of the file, for the message.
+        shape: what follows the first dimension, exactly; () is an array (N,), and None stands for any size.
+        kind: `number` (bool, integers or floats, finite also as float32), `flag` (bool, or numbers that are all 0 or 1)
+            or `image` (uint8).
+    Returns:
+        the array as it is, a flag as bool.
+    Raises:
+        TaskError: one line that names the file, the array and what is wrong, with the first row where it is.
+    """
+    array = np.asarray(array)
+    if array.dtype.kind not in "biuf":  # not text, objects, complex numbers or times
+        raise TaskError(f"{path}: {name} has dtype {array.dtype}; it must be a number{' or bool' * (kind == 'flag')}")
+    if kind == "image" and array.dtype != np.uint8:
+        raise TaskError(f"{path}: {name} has dtype {array.dtype}; images must be uint8")
+    fits = array.ndim == 1 + len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape[1:]))
+    if not fits:
+        needed = ", ".join(["N", *("any" if n is None else str(n) for n in shape)]) + "," * (not shape)
+        raise TaskError(f"{path}: {name} has shape {array.shape}; this task needs ({needed})")
+    if kind == "flag" and array.dtype != bool:
+        _refuse_rows(name, array, (array == 0) | (array == 1), path, "a flag is 0 or 1 (or bool)")
+        return array.astype(bool)
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            good = np.isfinite(array.astype(np.float32, copy=False))
+        _refuse_rows(name, array, good, path, "every number must be finite, also as float32")
+    return array
+
+
+def _refuse_rows(name: str, array: np.ndarray, good: np.ndarray, path, rule: str) -> None:
+    """Complain of the first entry of `array` that is not `good`."""
+    if not good.all():
+        where = tuple(np.argwhere(~good)[0])
+        raise TaskError(f"{path}: {name} has {array[where]:g} in row {where[0]}; {rule}")
+
+
+def check_lengths(arrays: dict[str, np.ndarray], path, at_least: int = 1) -> None:
+    """Complain unless all arrays have the same number of rows, and enough of them."""
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1 or min(lengths.values()) < at_least:
+        raise TaskError(f"{path} has arrays of different or no length: {lengths}")
 
 
 def write_npz(path, dataset: Dataset) -> str:
@@ -171,8 +237,12 @@ def verify(path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TaskError(f"{path} or its note {_note(path).name} is not readable; delete both to build it anew") from error
     if digest != expected:
-        raise TaskError(f"{path} changed on disk (sha256 {digest[:12]}, expected {expected[:12]}); delete it to build it anew")
+        raise TaskError(_changed(path, digest, expected))
     return digest
+
+
+def _changed(path, digest: str, expected: str) -> str:
+    return f"{path} changed on disk (sha256 {digest[:12]}, expected {expected[:12]}); delete it to build it anew"
 
 
 def _note(path: pathlib.Path) -> pathlib.Path:
@@ -190,15 +260,6 @@ def announce_local_data(env_id: str, reason: str, what: str) -> None:
     marked = "results on it are not comparable with published ones; the run is marked `local`"
     lines = (f"LOCAL DATA for {env_id}", reason, what, marked)
     print("\n" + "!" * 100, *(f"!!  {line}" for line in lines), "!" * 100 + "\n", sep="\n", file=sys.stderr, flush=True)
-
-
-def check_numbers(name: str, array: np.ndarray, path, shape: tuple | None = None) -> np.ndarray:
-    """`array` as it is, if it holds numbers and, after the first dimension, has this shape."""
-    if array.dtype == object or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
-        raise TaskError(f"{path}: {name} has dtype {array.dtype}; it must be a number")
-    if shape is not None and array.shape[1:] != shape:
-        raise TaskError(f"{path}: {name} has shape {array.shape}; this task needs {('N', *shape)}".replace("'", ""))
-    return array
 
 
 def collect_in_chunks(worker, jobs: list[tuple], description: str, processes: int | None = None, renders=False) -> list:

@@ -20,7 +20,7 @@ from benchmarks.tasks.dataset import (
     Dataset,
     TaskError,
     cache_dir,
-    check_numbers,
+    check_array,
     file_sha256,
     one_at_a_time,
     read_npz,
@@ -111,11 +111,7 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         TaskError: there is no data, or it is damaged or of another task; one line that says what to do.
     """
     if path is not None and pathlib.Path(path).suffix == ".npz":
-        dataset = read_npz(path)
-        check_numbers("observations", dataset.observations, path, (OBS_SIZE,))
-        check_numbers("next_observations", dataset.next_observations, path, (OBS_SIZE,))
-        check_numbers("actions", dataset.actions, path, (ACTION_SIZE,))
-        return dataset
+        return read_npz(path, obs_shape=(OBS_SIZE,), action_shape=(ACTION_SIZE,))
     if path is not None:
         return read_minari(path, env_id)
     if source == "local":
@@ -162,13 +158,13 @@ def read_minari(folder, env_id: str) -> Dataset:
 def _transitions(episode, goals: dict, folder) -> dict:
     """The arrays of a Dataset for one episode of T steps (the T + 1 states are stored once each)."""
     name, steps = f"episode {episode.id}", len(episode.rewards)
-    obs = check_numbers(f"observations of {name}", np.asarray(episode.observations["observation"]), folder, (OBS_SIZE,))
-    actions = check_numbers(f"actions of {name}", np.asarray(episode.actions), folder, (ACTION_SIZE,))
+    obs = check_array(f"observations of {name}", episode.observations["observation"], folder, (OBS_SIZE,))
+    actions = check_array(f"actions of {name}", episode.actions, folder, (ACTION_SIZE,))
     complete = np.zeros((len(goals), steps), bool)
     for row, (task, (goal, threshold)) in zip(complete, goals.items()):
         if task not in episode.observations["achieved_goal"]:
             raise TaskError(f"{folder}: {name} does not have the sub-task {task!r}; is it the data of another task?")
-        achieved = check_numbers(f"{task} of {name}", episode.observations["achieved_goal"][task], folder, goal.shape)
+        achieved = check_array(f"{task} of {name}", episode.observations["achieved_goal"][task], folder, goal.shape)
         if not steps or len(obs) != steps + 1 or len(actions) != steps or len(achieved) != steps + 1:
             raise TaskError(f"{folder}: {name} has arrays of the wrong length for {steps} steps")
         row[:] = np.linalg.norm(achieved[1:] - goal, axis=1) < threshold  # after each step, as the environment looks

@@ -21,7 +21,6 @@ import pathlib
 import sys
 import warnings
 import zipfile
-import zlib
 from collections import defaultdict, deque
 from unittest import mock
 
@@ -34,11 +33,13 @@ from benchmarks.tasks.dataset import (
     TaskError,
     announce_local_data,
     cache_dir,
-    check_numbers,
+    check_array,
+    check_lengths,
     collect_in_chunks,
     file_sha256,
     one_at_a_time,
     read_npz,
+    readable,
     verify,
     write_once,
 )
@@ -283,39 +284,40 @@ def read_ogbench(path, env_id: str, sha256: str | None = None) -> Dataset:
     """
     from ogbench.relabel_utils import relabel_dataset
 
-    if sha256 is None and check_layout(path, or_six_arrays=True) == "six arrays":
-        dataset = read_npz(path)
-        check_numbers("observations", dataset.observations, path, make_env(env_id).observation_space.shape)
-        return dataset
     visual = env_id.startswith("visual-")
     state_id = env_id.removeprefix("visual-")  # the same task; needs no renderer
     env = make_env(state_id)
+    obs_shape = (64, 64, 3) if visual else env.observation_space.shape
+
+    def as_observations(array):
+        return {"image": array, "proprio": np.zeros((len(array), 0), np.float32)} if visual else array
+
+    if sha256 is None and check_layout(path, or_six_arrays=True) == "six arrays":
+        dataset = read_npz(path, obs_shape=obs_shape, action_shape=env.action_space.shape)
+        dataset.observations = as_observations(dataset.observations)
+        dataset.next_observations = as_observations(dataset.next_observations)
+        return dataset
     env.reset(seed=0)  # the arm has a model from now on; the goal depends on no seed
     shapes = {
-        "observations": (64, 64, 3) if visual else env.observation_space.shape, "actions": env.action_space.shape,
+        "observations": obs_shape, "actions": env.action_space.shape,
         "terminals": (), "qpos": (env.unwrapped.model.nq,),
     }  # fmt: skip
+    kinds = {"observations": "image" if visual else "number", "terminals": "flag"}
     if has_buttons(env_id):
         shapes["button_states"] = (env.unwrapped._num_buttons,)
     check_layout(path, shapes)
     with readable(path), np.load(path, allow_pickle=False) as file:
-        arrays = {key: check_numbers(key, file[key], path, shape) for key, shape in shapes.items()}
-    lengths = {key: len(array) for key, array in arrays.items()}
-    if len(set(lengths.values())) != 1 or lengths["actions"] < 2:
-        raise TaskError(f"{path} has arrays of different or no length: {lengths}")
-    if visual and arrays["observations"].dtype != np.uint8:
-        raise TaskError(f"{path}: observations has dtype {arrays['observations'].dtype}; images must be uint8")
-    ends = arrays["terminals"].astype(bool)
+        arrays = {
+            key: check_array(key, file[key], path, shape, kinds.get(key, "number")) for key, shape in shapes.items()
+        }
+    check_lengths(arrays, path, at_least=2)
+    ends = arrays["terminals"].copy()  # what follows adds the file's last row
     ends[-1] = True
     rows = np.flatnonzero(~ends)  # those with a next row
     labels = {key: arrays[key][rows] for key in ("qpos", "button_states") if key in arrays}
     relabel_dataset(split_id(state_id)[2], env, labels)
     env.close()
     observations = arrays.pop("observations") if visual else arrays.pop("observations").astype(np.float32)
-
-    def as_observations(array):
-        return {"image": array, "proprio": np.zeros((len(array), 0), np.float32)} if visual else array
-
     terminals = labels["masks"] == 0
     return Dataset(
         observations=as_observations(observations[rows]), actions=arrays["actions"][rows].astype(np.float32),
@@ -343,18 +345,6 @@ def check_layout(path, keys=("observations", "actions", "terminals", "qpos"), or
     if missing:
         raise TaskError(f"{path} has no array {missing[0]!r}; this task's file of OGBench has {', '.join(keys)}")
     return "ogbench"
-
-
-@contextlib.contextmanager
-def readable(path):
-    """Turn what a damaged archive raises into one line."""
-    try:
-        yield
-    except TaskError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise TaskError(f"{path} is not a readable .npz file, or it is truncated ({reason})") from error
 
 
 # --- LOCAL COLLECTION ---

@@ -82,7 +82,7 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     There is nothing to download: this data is the task's own, so it is not marked as local.
     """
     if path is not None:
-        return read_npz(path)
+        return read_npz(path, obs_shape=(4,), action_shape=(2,))
     if source == "download":
         raise TaskError(f"{env_id} has no published file; its data is collected here (leave out --dataset-source download)")
     name = env_id.split("-")[1]
@@ -92,7 +92,7 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     recipe = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
     path = cache_dir() / "pointmaze" / f"{env_id}-{size}-seed{seed}-{recipe}.npz"
     if path.is_file():
-        dataset = read_npz(path, verify(path))
+        dataset = read_npz(path, verify(path), obs_shape=(4,), action_shape=(2,))
     else:
         dataset = collect(env_id, size, seed)
         dataset.sha256 = write_npz(path, dataset)
