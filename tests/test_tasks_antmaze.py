@@ -106,8 +106,10 @@ def test_wall_boxes_cover_the_walls_and_nothing_else():
 def d4rl_arrays(rows=60, seed=0):
     """Two trajectories cut by time, one that succeeds, and a beginning: D4RL's layout with numbers to recognise."""
     rng = np.random.default_rng(seed)
+    observations = rng.normal(size=(rows, 29)).astype(np.float32)
+    observations[:, :2] = 0.01 * np.arange(rows)[:, None] + 8.0 * np.searchsorted([19, 39], np.arange(rows))[:, None]
     arrays = {
-        "observations": rng.normal(size=(rows, 29)).astype(np.float32),
+        "observations": observations,
         "actions": rng.uniform(-1, 1, (rows, 8)).astype(np.float32), "rewards": np.zeros(rows, np.float32),
         "terminals": np.zeros(rows, bool), "timeouts": np.zeros(rows, bool),
         "infos/goal": np.ones((rows, 2), np.float32), "infos/qpos": np.zeros((rows, 15), np.float32),
@@ -143,6 +145,54 @@ def test_rows_and_trajectories_are_those_of_qlearning_dataset(tmp_path):
     assert len(data) == 57 and not data.local and set(data.infos) == {"goal", "qpos", "qvel"}
     assert np.flatnonzero(data.timeouts).tolist() == [18, 37, 56]  # before each row left out
     assert np.flatnonzero(data.terminals).tolist() == [47]
+
+
+def test_flags_that_mark_every_jump_are_believed_without_a_word(tmp_path, capfd):
+    arrays = d4rl_arrays()
+    arrays["observations"][50:, 0] += 8  # after the terminal row 49, as in a collection of ours
+    write_hdf5(tmp_path / "file.hdf5", arrays)
+    data = load_dataset("antmaze-umaze-v2", path=tmp_path / "file.hdf5")
+    assert len(data) == 57 and np.flatnonzero(data.terminals).tolist() == [47] and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("marked", [[], [19], [5, 39], [18, 38]])
+def test_a_jump_that_no_flag_marks_is_the_end_of_a_trajectory(tmp_path, capfd, marked):
+    arrays = d4rl_arrays()
+    arrays["timeouts"][:] = False
+    arrays["timeouts"][marked] = True
+    write_hdf5(tmp_path / "file.hdf5", arrays)
+    data = load_dataset("antmaze-umaze-v2", path=tmp_path / "file.hdf5")
+    (line,) = capfd.readouterr().err.splitlines()
+    unmarked = 2 - len({19, 39} & set(marked))
+    counts = f"timeouts mark {len(marked)} rows, 2 rows jump by more than 1 m ({unmarked} of them unmarked)"
+    assert line == f"{tmp_path / 'file.hdf5'}: {counts}; both end a trajectory"
+    arrays["timeouts"][[19, 39]] = True  # the same file, whose flags say all of it
+    write_hdf5(tmp_path / "flagged.hdf5", arrays)
+    flagged = load_dataset("antmaze-umaze-v2", path=tmp_path / "flagged.hdf5")
+    assert all(np.array_equal(getattr(data, name), getattr(flagged, name)) for name in ARRAYS)
+    assert np.abs(data.next_observations[:, :2] - data.observations[:, :2]).max() < 0.02
+    assert capfd.readouterr().err == ""
+
+
+def test_the_jumps_of_a_download_are_told_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PARL_CACHE", str(tmp_path / "cache"))
+    arrays = d4rl_arrays()
+    arrays["timeouts"][:] = False
+    write_hdf5(tmp_path / "file.hdf5", arrays)
+    content = (tmp_path / "file.hdf5").read_bytes()
+    with server(lambda handler, n: send(handler, content)) as (url, _):
+        monkeypatch.setattr(antmaze, "URL", url + "/")
+        load_dataset("antmaze-large-play-v2")
+    assert capfd.readouterr().err.count("rows jump by more than") == 1
+
+
+def test_rows_that_all_jump_are_no_dataset(tmp_path):
+    arrays = d4rl_arrays()
+    arrays["observations"][:, 0] = 5 * np.arange(60)
+    arrays["terminals"][:] = False
+    write_hdf5(tmp_path / "file.hdf5", arrays)
+    with pytest.raises(TaskError, match="no row whose next row"):
+        load_dataset("antmaze-umaze-v2", path=tmp_path / "file.hdf5")
 
 
 def test_a_published_file_is_downloaded_checked_and_kept(tmp_path, monkeypatch):
@@ -212,7 +262,7 @@ def test_without_network_data_is_collected_with_a_notice(tmp_path, monkeypatch, 
     data = load_dataset("antmaze-umaze-v2", size=3000)
     notice = capfd.readouterr().err
     assert "LOCAL DATA for antmaze-umaze-v2" in notice and "refused" in notice and "collecting" in notice
-    assert data.local and "collected locally" in data.source
+    assert data.local and "collected locally" in data.source and "rows jump" not in notice
     again = load_dataset("antmaze-umaze-v2", size=3000, source="local")
     notice = capfd.readouterr().err
     assert "LOCAL DATA" in notice and "collecting" not in notice  # said each time, collected once

@@ -10,6 +10,7 @@ policy of `ant_walker.py` along shortest paths. See `load_dataset` and benchmark
 """
 
 import collections
+import functools
 import hashlib
 import inspect
 import math
@@ -220,6 +221,7 @@ class AntMaze(gym.Env):
 
 OBS, ACTIONS = 29, 8
 KEYS = {"observations": (OBS,), "actions": (ACTIONS,), "rewards": (), "terminals": (), "timeouts": ()}
+JUMP = 1.0  # metres in one decision (0.1 s) that no ant moves: the next row belongs to another trajectory
 INFO_KEYS = {"infos/goal": (2,), "infos/qpos": (15,), "infos/qvel": (14,)}
 
 
@@ -240,7 +242,7 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     if source != "local":
         try:
             with one_at_a_time(file):
-                digest = download(URL + FILES[env_id], file, SHA256.get(env_id), check=read_hdf5)
+                digest = download(URL + FILES[env_id], file, SHA256.get(env_id), check=functools.partial(read_hdf5, quiet=True))
             return read_hdf5(file, digest)
         except DownloadError as error:
             if source == "download":
@@ -266,11 +268,15 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     return dataset
 
 
-def read_hdf5(path, sha256: str | None = None) -> Dataset:
+def read_hdf5(path, sha256: str | None = None, quiet: bool = False) -> Dataset:
     """Read a file of D4RL's layout; transitions as D4RL's `qlearning_dataset` makes them.
 
     Rows are consecutive steps, and a row's next observation is the next row's. The row where `timeouts` is set has no
     next row of its own trajectory and is left out, as is the file's last row.
+
+    A row from which the ant jumps more than `JUMP` to the next one counts as if `timeouts` were set there: the trajectory
+    was cut, and a file whose flags do not say so would teach that the ant flies. One line on stderr gives the counts, unless
+    `quiet`. A terminal row stays: it needs no next row, and a new trajectory may well begin there.
 
     Raises:
         TaskError: missing, truncated, lacking a key, or of another observation or action size.
@@ -294,8 +300,16 @@ def read_hdf5(path, sha256: str | None = None) -> Dataset:
         raise TaskError(f"{path} is not a readable HDF5 file, or it is truncated ({str(error).splitlines()[0]})") from error
     check_lengths(arrays, path, at_least=2)
     timeouts, terminals = arrays["timeouts"], arrays["terminals"]
-    kept = ~timeouts
+    moved = np.linalg.norm(np.diff(arrays["observations"][:, :2].astype(np.float64), axis=0), axis=1)  # (N - 1,) metres
+    jumps = np.append(moved > JUMP, False) & ~terminals
+    if (jumps & ~timeouts).any() and not quiet:
+        counts = f"timeouts mark {timeouts.sum()} rows, {jumps.sum()} rows jump by more than {JUMP:.0f} m"
+        unmarked = f"{(jumps & ~timeouts).sum()} of them unmarked"
+        print(f"{path}: {counts} ({unmarked}); both end a trajectory", file=sys.stderr)
+    kept = ~(timeouts | jumps)
     kept[-1] = False
+    if not kept.any():
+        raise TaskError(f"{path} has no row whose next row belongs to the same trajectory; is it an AntMaze file?")
     cut = np.append(~kept[1:], True) & ~terminals  # the last kept row of a trajectory that only ran out of time
     return Dataset(
         observations=arrays["observations"][kept].astype(np.float32), actions=arrays["actions"][kept].astype(np.float32),
