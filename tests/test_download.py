@@ -1,15 +1,20 @@
 """Downloads against a local HTTP server that behaves well, cuts, hangs, lies and forgets."""
 
+import builtins
 import contextlib
+import errno
 import hashlib
 import http.server
+import io
 import os
+import pathlib
 import threading
 import time
 
 import pytest
 
-from benchmarks.tasks.dataset import TaskError, verify
+from benchmarks.tasks import load_dataset, pointmaze
+from benchmarks.tasks.dataset import TaskError, cache_dir, one_at_a_time, verify, write_once
 from benchmarks.tasks.download import DownloadError, download
 
 CONTENT = os.urandom(3_000_000)
@@ -166,3 +171,128 @@ def test_no_server_and_no_folder_end_in_one_line(tmp_path):
     with server(lambda handler, n: send(handler)) as (url, _):
         with pytest.raises(TaskError, match="PARL_CACHE"):
             download(url, "/proc/nowhere/file.hdf5")
+
+
+# --- The cache: locks, notes and a home folder are conveniences ---
+
+
+@pytest.fixture
+def read_only(monkeypatch, tmp_path):
+    """Call it, and from then on nothing below tmp_path can be written (root ignores permissions, so they will not do)."""
+
+    def refuse(path):
+        if str(tmp_path) in str(path):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def guarded(function):
+        def call(path, *args, **kwargs):
+            refuse(path)
+            return function(path, *args, **kwargs)
+
+        return call
+
+    def open_for_reading(path, mode="r", *args, open=io.open, **kwargs):
+        if set(mode) & set("wax+"):
+            refuse(path)
+        return open(path, mode, *args, **kwargs)
+
+    def switch():
+        for module in (builtins, io):
+            monkeypatch.setattr(module, "open", open_for_reading)
+        for name in ("mkdir", "replace", "unlink"):
+            monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+        access = os.access
+        monkeypatch.setattr(
+            os, "access", lambda path, mode: not (mode & os.W_OK and str(tmp_path) in str(path)) and access(path, mode)
+        )
+
+    return switch
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    fcntl = pytest.importorskip("fcntl")
+    asked = []
+
+    def flock(*args):
+        asked.append(args)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with one_at_a_time(tmp_path / "deep" / "file"):
+        write_once(tmp_path / "deep" / "file", lambda file: file.write(b"data"))
+    assert asked and (tmp_path / "deep" / "file").read_bytes() == b"data"
+
+
+def test_a_lock_that_belongs_to_somebody_else(tmp_path, monkeypatch):
+    """In a shared folder: it cannot be opened, but the folder can be written to."""
+    (tmp_path / "file.lock").mkdir()  # what not even root can open for writing
+    with one_at_a_time(tmp_path / "file"):
+        write_once(tmp_path / "file", lambda file: file.write(b"data"))
+    assert verify(tmp_path / "file")
+
+
+@pytest.mark.parametrize("note", ["there", "absent"])
+def test_a_read_only_cache_that_holds_the_data(tmp_path, monkeypatch, read_only, note):
+    monkeypatch.setenv("PARL_CACHE", str(tmp_path))
+    first = load_dataset("pointmaze-umaze-v0", size=50)
+    for path in list(tmp_path.rglob("*.lock")) + (list(tmp_path.rglob("*.json")) if note == "absent" else []):
+        path.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    read_only()
+    assert load_dataset("pointmaze-umaze-v0", size=50).sha256 == first.sha256
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(TaskError, match="Read-only file system.*PARL_CACHE") as caught:  # other data, before collecting it
+        load_dataset("pointmaze-umaze-v0", size=60)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_read_only_cache_without_the_data_is_said_before_it_is_collected(tmp_path, monkeypatch, read_only):
+    monkeypatch.setenv("PARL_CACHE", str(tmp_path))
+    monkeypatch.setattr(pointmaze, "collect", lambda *args: pytest.fail("collected in vain"))
+    (tmp_path / "pointmaze").mkdir()
+    read_only()
+    with pytest.raises(TaskError, match="set PARL_CACHE"):
+        load_dataset("pointmaze-umaze-v0", size=50)
+
+
+@pytest.mark.parametrize("note", [None, "", "{", "[]", "{}", '{"sha256": null}'])
+def test_a_file_put_into_the_cache_by_hand(tmp_path, note):
+    path, checked = tmp_path / "file.hdf5", []
+    path.write_bytes(CONTENT)
+    note_file = tmp_path / "file.hdf5.json"
+    if note is not None:
+        note_file.write_text(note)
+    assert download("http://127.0.0.1:9/", path, check=checked.append) == SHA256 and checked == [path]
+    assert download("http://127.0.0.1:9/", path, check=checked.append) == SHA256 and checked == [path]  # noted
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(TaskError, match="changed on disk.*delete it to build it anew"):
+        download("http://127.0.0.1:9/", path)
+
+
+def test_a_wrong_file_put_into_the_cache_by_hand_is_refused_and_not_noted(tmp_path):
+    def refuse(path):
+        raise TaskError(f"{path} is no HDF5 file")
+
+    path = tmp_path / "file.hdf5"
+    path.write_bytes(CONTENT)
+    for sha256, check, expected in (("0" * 64, None, "not the published file"), (None, refuse, "is no HDF5 file")):
+        with pytest.raises(TaskError, match=f"{path}.*{expected}.*delete") as caught:
+            download("http://127.0.0.1:9/", path, sha256, check)
+        assert "both" not in str(caught.value) and "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["file.hdf5"]
+
+
+def test_no_home_folder(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
+    monkeypatch.setenv("PARL_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("PARL_CACHE")
+    for env_id in ("pointmaze-umaze-v0", "antmaze-umaze-v2", "kitchen-mixed-v2", "cube-single-play-singletask-v0"):
+        with pytest.raises(TaskError, match="set PARL_CACHE") as caught:
+            load_dataset(env_id)
+        assert "\n" not in str(caught.value)

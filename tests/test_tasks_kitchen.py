@@ -1,6 +1,7 @@
 """The kitchen: rewards and ends of the environment, and the Minari dataset that this test records from it."""
 
 import json
+import pathlib
 import shutil
 import sys
 import warnings
@@ -300,8 +301,31 @@ def test_a_download_is_kept_and_checked(recorded, monkeypatch, tmp_path):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     assert "changed on disk" in error_of("kitchen-complete-v2")
-    path.with_name(path.name + ".json").unlink()
-    assert "note" in error_of("kitchen-complete-v2")
+
+
+@pytest.mark.parametrize("damage", [None, "main_data.hdf5", "metadata.json"])
+def test_files_put_into_the_cache_by_hand(recorded, tmp_path, damage):
+    data = tmp_path / "cache" / "minari" / "D4RL" / "kitchen" / "complete-v2" / "data"
+    shutil.copytree(recorded[0] / "data", data)
+    if damage is None:
+        assert len(kitchen.load_dataset("kitchen-complete-v2")) == 23
+        notes = {file.name for file in data.iterdir() if file.name.endswith(".json")}
+        assert notes == {"metadata.json", "metadata.json.json", "main_data.hdf5.json"}
+        assert len(kitchen.load_dataset("kitchen-complete-v2")) == 23
+    else:
+        (data / damage).write_bytes((data / damage).read_bytes()[:-100])
+        message = error_of("kitchen-complete-v2")
+        assert str(data / damage) in message and "not a readable Minari file" in message and "delete the file" in message
+
+
+def test_without_a_home_folder_the_cache_will_do(recorded, tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    monkeypatch.delenv("MINARI_DATASETS_PATH")
+    shutil.copytree(recorded[0], tmp_path / "cache" / "minari" / "D4RL" / "kitchen" / "complete-v2")
+    assert len(kitchen.load_dataset("kitchen-complete-v2")) == 23
 
 
 def test_a_download_that_fails_leaves_nothing_that_a_later_run_takes(recorded, monkeypatch, tmp_path):

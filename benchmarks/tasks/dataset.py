@@ -55,7 +55,21 @@ class Dataset:
 
 def cache_dir() -> pathlib.Path:
     """Folder of downloaded and collected data: `$PARL_CACHE`, else `~/.cache/parl`."""
-    return pathlib.Path(os.environ.get("PARL_CACHE") or pathlib.Path.home() / ".cache" / "parl")
+    if os.environ.get("PARL_CACHE"):
+        return pathlib.Path(os.environ["PARL_CACHE"])
+    return home() / ".cache" / "parl"
+
+
+def home() -> pathlib.Path:
+    """The user's home folder.
+
+    Raises:
+        TaskError: there is none (a container that runs under a bare user number has no entry for it, and no HOME).
+    """
+    try:
+        return pathlib.Path.home()
+    except RuntimeError as error:
+        raise TaskError("this user has no home folder: set PARL_CACHE to a folder for the datasets") from error
 
 
 def read_npz(path, sha256: str | None = None, obs_shape: tuple = (None,), action_shape: tuple = (None,)) -> Dataset:
@@ -193,17 +207,40 @@ def write_once(path, write) -> str:
 
 @contextlib.contextmanager
 def one_at_a_time(path):
-    """Let other processes that want to make the same file wait (runs with several seeds start together)."""
+    """Let other processes that want to make the same file wait (runs with several seeds start together).
+
+    The lock only saves work: without one the later of two processes replaces the file of the earlier. So nothing is
+    locked where the file is there already, nor where the file system has no locks, and a folder that is there but takes
+    no lock file is no error yet: reading may be all that is wanted, and who writes will complain.
+
+    Raises:
+        TaskError: the file is absent, and its folder is not there and cannot be made, or cannot be written to.
+    """
     path = pathlib.Path(path)
     with contextlib.ExitStack() as stack:
-        with writing_to_cache(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(path.with_name(path.name + ".lock"), "w"))
-        with contextlib.suppress(ImportError):  # Windows: no lock, and the later of two replaces the earlier
-            import fcntl
+        if not os.path.isfile(path):
+            with writing_to_cache(path):
+                lock = _open_lock(path)
+            if lock is not None:
+                stack.enter_context(lock)
+                with contextlib.suppress(ImportError, OSError):  # Windows; a file system without locks
+                    import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _open_lock(path: pathlib.Path):
+    """The lock file of `path`, or None where it cannot be opened and that matters not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path.with_name(path.name + ".lock"), "w")
+    except OSError:
+        # Another user's lock file in a shared folder, or (the path being a folder) data that is already there. An absent
+        # file in a folder that takes none is an error now, before minutes of collecting.
+        if path.exists() or os.access(path.parent, os.W_OK | os.X_OK):
+            return None
+        raise
 
 
 @contextlib.contextmanager
@@ -220,25 +257,53 @@ def write_note(path: pathlib.Path, digest: str) -> None:
     """Keep the sum of a file's bytes beside it, in `<path>.json`."""
     note = _note(path)
     partial = note.with_name(f"{note.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({"sha256": digest}))
-    os.replace(partial, note)
+    try:
+        partial.write_text(json.dumps({"sha256": digest}))
+        os.replace(partial, note)
+    finally:
+        with contextlib.suppress(OSError):  # nothing left behind, also where the disk is full
+            partial.unlink(missing_ok=True)
 
 
-def verify(path) -> str:
-    """The sha256 of a file in the cache, which must be what it was when the file was made.
+def verify(path, check=None, sha256: str | None = None) -> str:
+    """The sha256 of a file in the cache, which must be what its note says.
 
+    A file without a readable note was put there by hand: it must pass `check`, and gets its note if the folder takes one.
+
+    Args:
+        check: `check(path)` raises a TaskError if this is not a file of the wanted kind.
+        sha256: what a file without a note must hash to, if that is known.
     Raises:
-        TaskError: the file or its note is missing, or the file changed.
+        TaskError: the file is not readable, it changed, or it came without a note and is not what it should be.
     """
     path = pathlib.Path(path)
     try:
-        expected = json.loads(_note(path).read_text())["sha256"]
         digest = file_sha256(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TaskError(f"{path} or its note {_note(path).name} is not readable; delete both to build it anew") from error
-    if digest != expected:
-        raise TaskError(_changed(path, digest, expected))
+    except OSError as error:
+        raise TaskError(f"{path} is not readable ({error.strerror or error})") from error
+    noted = _noted_sum(path)
+    if noted is None:
+        if sha256 is not None and digest != sha256:
+            raise TaskError(f"{path} is not the published file (sha256 {digest[:12]}, expected {sha256[:12]}); delete it")
+        try:
+            if check is not None:
+                check(path)
+        except TaskError as error:
+            raise TaskError(f"{error}; delete the file to get it anew") from error
+        with contextlib.suppress(OSError):  # a folder that cannot be written to; then the next run checks again
+            write_note(path, digest)
+    elif digest != noted:
+        raise TaskError(_changed(path, digest, noted))
     return digest
+
+
+def _noted_sum(path: pathlib.Path) -> str | None:
+    """What the note beside a file says, None if there is no note that says anything."""
+    try:
+        noted = json.loads(_note(path).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return noted if isinstance(noted, str) else None
 
 
 def _changed(path, digest: str, expected: str) -> str:

@@ -27,7 +27,8 @@ def download(url: str, path, sha256: str | None = None, check=None, timeout: flo
     The bytes go to `<path>.partial`, which takes its final name only when it has the length the server announced, the
     sum `sha256` if one is given, and `check(partial)`, if given, raises no TaskError. A transfer that breaks is continued
     where it stopped, in this call or a later one, as long as the server still has the same file (its ETag or
-    Last-Modified). The sum is kept in a note for `dataset.verify`.
+    Last-Modified). The sum is kept in a note for `dataset.verify`. A file that is there without a note, put there by
+    hand, must have the sum and pass the check as well.
 
     Raises:
         DownloadError: no connection, an HTTP error, a server that sends nothing for `timeout` seconds, or a file of wrong
@@ -35,8 +36,8 @@ def download(url: str, path, sha256: str | None = None, check=None, timeout: flo
         TaskError: the folder cannot be written to.
     """
     path = pathlib.Path(path)
-    if path.is_file():
-        return verify(path)
+    if os.path.isfile(path):
+        return verify(path, check, sha256)
     partial, version_file = path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.json")
     with writing_to_cache(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ The data are human demonstrations, published as the Minari datasets `D4RL/kitche
 """
 
 import functools
+import json
 import os
 import pathlib
 import sys
@@ -22,6 +23,7 @@ from benchmarks.tasks.dataset import (
     cache_dir,
     check_array,
     file_sha256,
+    home,
     one_at_a_time,
     read_npz,
 )
@@ -116,14 +118,25 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         return read_minari(path, env_id)
     if source == "local":
         raise TaskError(f"{env_id} is human demonstrations, which cannot be collected here; {_how_to_get(env_id)}")
-    minari_home = os.environ.get("MINARI_DATASETS_PATH") or pathlib.Path.home() / ".minari" / "datasets"
-    folder = pathlib.Path(minari_home) / _minari_id(env_id)
-    if folder.is_dir():
+    folder = _minari_folder(env_id)
+    if folder is not None:
         return read_minari(folder, env_id)
     _import_minari()  # what reads the files is missed before they are fetched
     folder = cache_dir() / "minari" / _minari_id(env_id)
     download_minari(env_id, folder)
     return read_minari(folder, env_id)
+
+
+def _minari_folder(env_id: str) -> pathlib.Path | None:
+    """Where `minari download` put the task's dataset, None if it did not."""
+    datasets = os.environ.get("MINARI_DATASETS_PATH")
+    if not datasets:
+        try:
+            datasets = home() / ".minari" / "datasets"
+        except TaskError:  # no home folder, so nothing in it; the cache may be elsewhere
+            return None
+    folder = pathlib.Path(datasets) / _minari_id(env_id)
+    return folder if os.path.isdir(folder) else None
 
 
 def read_minari(folder, env_id: str) -> Dataset:
@@ -192,26 +205,46 @@ def download_minari(env_id: str, folder: pathlib.Path) -> None:
     """The two files of the task's dataset, from where Minari keeps them, into `folder`; nothing if they are there."""
     try:
         with one_at_a_time(folder):
-            for name, check in (("metadata.json", None), ("main_data.hdf5", _check_hdf5)):
+            for name, check in (("metadata.json", _check_metadata), ("main_data.hdf5", _check_hdf5)):
                 url = f"{HUB}/{_minari_id(env_id).removeprefix('D4RL/')}/data/{name}"
                 download(url, folder / "data" / name, check=check)
     except DownloadError as error:
         raise TaskError(f"{error}; {_how_to_get(env_id)}") from error
 
 
-def _check_hdf5(path) -> None:
-    import h5py
+def _check_metadata(path) -> None:
+    """Complain unless this is a JSON object; read_minari sees to what is in it."""
+    try:
+        if not isinstance(json.loads(pathlib.Path(path).read_text()), dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{path} is not a readable Minari file ({_line(error)})") from error
 
+
+def _check_hdf5(path) -> None:
+    """Complain unless this is an HDF5 file, whole, with an episode in it."""
+    h5py = _import_h5py()
     try:
         with h5py.File(path) as file:
             file["episode_0"]
     except (OSError, KeyError) as error:
-        raise TaskError(f"not a readable Minari file ({_line(error)})") from error
+        raise TaskError(f"{path} is not a readable Minari file ({_line(error)})") from error
+
+
+def _import_h5py():
+    """h5py, which must not insist on locks: files are only read here, also where the file system has none.
+
+    minari opens the file itself, and gives no other way to say so than the HDF5 library's variable.
+    """
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
+    import h5py
+
+    return h5py
 
 
 def _import_minari():
     try:
-        import h5py  # noqa: F401  (minari reads with it)
+        _import_h5py()  # minari reads with it
         import minari
     except ImportError as error:
         raise TaskError(f'kitchen data is read with minari and h5py ({_line(error)}): pip install "minari[hdf5]"') from error

@@ -252,12 +252,12 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     announce_local_data(env_id, reason, f"{size:,} transitions are collected by {controller}")
     file = cache_dir() / "ogbench-local" / f"{name}-{size}-seed{seed}-{recipe(environment)}.npz"
     with one_at_a_time(file):
-        if not file.is_file():
+        if not os.path.isfile(file):
             train, validation = collect(environment, kind, size, seed)
             # `ogbench.make_env_and_datasets(dataset_path=...)` wants both
             write_once(file.with_name(f"{file.stem}-val.npz"), lambda out: np.savez_compressed(out, **validation))
             write_once(file, lambda out: np.savez_compressed(out, **train))
-        digest = verify(file)
+        digest = verify(file, check_layout)
     dataset = read_ogbench(file, env_id, digest)
     dataset.source, dataset.local = f"collected locally by benchmarks/tasks/ogbench_singletask.py, seed {seed}", True
     return dataset

@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.tasks.dataset import Dataset, TaskError, cache_dir, read_npz, verify, write_npz
+from benchmarks.tasks.dataset import Dataset, TaskError, cache_dir, one_at_a_time, read_npz, verify, write_npz
 
 # `#` wall, `R` reset cell, `G` goal cell. The mazes and their start and goal are D4RL's (AntMaze's evaluation mazes).
 MAPS = {
@@ -91,11 +91,12 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         raise TaskError(f"a dataset of {size} transitions is shorter than one episode ({MAX_STEPS[name]}); ask for more")
     recipe = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
     path = cache_dir() / "pointmaze" / f"{env_id}-{size}-seed{seed}-{recipe}.npz"
-    if path.is_file():
-        dataset = read_npz(path, verify(path), obs_shape=(4,), action_shape=(2,))
-    else:
-        dataset = collect(env_id, size, seed)
-        dataset.sha256 = write_npz(path, dataset)
+    with one_at_a_time(path):
+        if os.path.isfile(path):
+            dataset = read_npz(path, verify(path, read_npz), obs_shape=(4,), action_shape=(2,))
+        else:
+            dataset = collect(env_id, size, seed)
+            dataset.sha256 = write_npz(path, dataset)
     dataset.source = f"collected locally by benchmarks/tasks/pointmaze.py, seed {seed}"
     return dataset
 
