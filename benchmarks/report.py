@@ -10,6 +10,7 @@ a thin line is one run, a thick one the mean of the runs that share a label.
 
 import csv
 import json
+import os
 import pathlib
 import platform
 import shutil
@@ -39,7 +40,7 @@ class Curves:
     """Draw success at every evaluation of several runs."""
 
     out: tyro.conf.Positional[pathlib.Path]  # the picture, .png
-    runs: list[str]  # folders, each as FOLDER or LABEL=FOLDER; runs of one label are averaged
+    runs: list[str]  # folders, each as FOLDER or LABEL=FOLDER (a folder's name may hold a =); one label's runs are averaged
     over: Literal["updates", "episodes", "seconds", "critic_updates"] = "updates"  # the horizontal axis
     title: str = ""
 
@@ -55,11 +56,35 @@ def read_run(folder: pathlib.Path) -> tuple[dict, list[dict]]:
         fail(f"{folder} holds no {' and no '.join(missing)}: pass the folder of a run, as its first lines name it")
     config = json.loads((folder / "config.json").read_text())
     with open(folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["success_rate"]]
-    numbers = [{k: float(v) for k, v in row.items() if k != "phase" and v} | {"phase": row["phase"]} for row in rows]
+        rows = [row for row in csv.DictReader(file) if row.get("success_rate")]
+    numbers = [_numbers_of(row, folder) for row in rows]
     if not numbers:
         fail(f"{folder} has no evaluation yet: let the run finish (--resume {folder})")
     return config, numbers
+
+
+def _numbers_of(row: dict, folder: pathlib.Path) -> dict:
+    """A row of metrics.csv as numbers, by column, without its empty cells; its `phase` as text, empty if there is none."""
+    cells = {name: cell for name, cell in row.items() if name not in ("phase", None) and cell}
+    try:
+        return {name: float(cell) for name, cell in cells.items()} | {"phase": row.get("phase") or ""}
+    except ValueError as error:
+        fail(f"{folder / 'metrics.csv'} has a cell that is no number ({error}): restore the file as the run wrote it")
+
+
+def label_and_folder(text: str) -> tuple[str, pathlib.Path]:
+    """Take FOLDER or LABEL=FOLDER apart; both may contain `=`, so it is the folders that exist which decide.
+
+    Returns:
+        the label (empty if there is none) and the folder: the whole text if that is a folder, else what follows the first
+        `=` that is followed by a folder. Anything else ends in one line.
+    """
+    if os.path.isdir(text):
+        return "", pathlib.Path(text)
+    for i, character in enumerate(text):
+        if character == "=" and os.path.isdir(text[i + 1 :]):
+            return text[:i], pathlib.Path(text[i + 1 :])
+    fail(f"--runs {text}: no such folder; pass FOLDER or LABEL=FOLDER with the folder of a run, as its first lines name it")
 
 
 def processor() -> str:
@@ -82,7 +107,8 @@ def summary_of(folder: pathlib.Path) -> dict:
     if config["data"]["local"]:
         entry["data"] = config["data"]
     numbers = ("success_rate", "score", "return", "length", "seconds")
-    return entry | {LABELS[phase]: {n: row[n] for n in numbers if n in row} for phase, row in last.items()}
+    phases = {LABELS[phase]: row for phase, row in last.items() if phase in LABELS}
+    return entry | {label: {n: row[n] for n in numbers if n in row} for label, row in phases.items()}
 
 
 def keep(options: Keep) -> None:
@@ -102,16 +128,22 @@ def keep(options: Keep) -> None:
     labels = [label for label in LABELS.values() if label in entries[0][0]]
     print("| seed | " + " | ".join(labels) + " |\n|" + "---|" * (1 + len(labels)))
     for entry, _ in entries:
-        cells = [f"{entry[label]['success_rate']:.0%} ({entry[label]['seconds']:.0f} s)" for label in labels]
+        reached = [entry.get(label, {}) for label in labels]  # a run may lack a phase, or a column
+        success = [f"{row['success_rate']:.0%}" if row else "" for row in reached]
+        cells = [text + (f" ({row['seconds']:.0f} s)" if "seconds" in row else "") for text, row in zip(success, reached)]
         print(f"| {entry['seed']} | " + " | ".join(cells) + " |")
 
 
 def curve(rows: list[dict], over: str) -> tuple[list[float], list[float]]:
-    """Where the evaluations stand on the axis, and their success in percent. Over critic updates: the offline phase alone,
-    one a step; over episodes: from the policy that the first episode started with."""
+    """Where the evaluations stand on the axis, and their success in percent; rows without the axis' column are left out.
+
+    Over critic updates: the offline phase alone, whose `step` counts the updates done; over episodes: from the policy that
+    the first episode started with.
+    """
     if over == "critic_updates":
-        rows = [row | {over: row["step"] + 1} for row in rows if row["phase"] == "offline"]
-    elif over == "episodes":
+        rows = [row | {over: row["step"]} for row in rows if row["phase"] == "offline" and "step" in row]
+    rows = [row for row in rows if over in row]
+    if over == "episodes":
         rows = [row for row in rows if not row[over]][-1:] + [row for row in rows if row[over]]
     return [row[over] for row in rows], [100 * row["success_rate"] for row in rows]
 
@@ -124,11 +156,13 @@ def curves(options: Curves) -> None:
 
     groups: dict[str, list] = {}
     for text in options.runs:
-        label, _, folder = text.rpartition("=")
-        config, rows = read_run(pathlib.Path(folder))
+        label, folder = label_and_folder(text)
+        config, rows = read_run(folder)
         line = curve(rows, options.over)
         if not line[0]:
-            fail(f"{folder} has no offline phase to draw over critic updates: use --over updates")
+            missing = "offline phase" if options.over == "critic_updates" else f"column {options.over!r} in its metrics.csv"
+            other = "seconds" if options.over == "updates" else "updates"
+            fail(f"{folder} has no {missing} to draw over {options.over.replace('_', ' ')}: use --over {other}")
         groups.setdefault(label or config["script"], []).append(line)
     figure, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for i, (label, lines) in enumerate(groups.items()):

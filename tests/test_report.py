@@ -48,9 +48,63 @@ def test_curves_stand_where_the_evaluations_were(tmp_path):
     _, rows = report.read_run(write_run(tmp_path / "run"))
     assert report.curve(rows, "updates") == ([0, 10, 20], [10, 50, 90])
     assert report.curve(rows, "episodes") == ([0, 5], [50, 90])  # from what the first episode started with
-    assert report.curve(rows, "critic_updates") == ([10], [50])
+    assert report.curve(rows, "critic_updates") == ([9], [50])  # `step` counts what is done
     report.curves(report.Curves(tmp_path / "c.png", [f"a=b={tmp_path / 'run'}", str(tmp_path / "run")]))
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_is_one_whatever_its_name_and_label(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "lr=0.1", "sweep=2/lr=0.1", "b=c"):
+        (tmp_path / name).mkdir(parents=True)
+        for label in ("", "a", "utd = 10", "x=y"):
+            for folder in (name, str(tmp_path / name)):
+                text = f"{label}={folder}" if label else folder
+                assert report.label_and_folder(text) == (label, report.pathlib.Path(folder))
+    assert report.label_and_folder("a=b=c") == ("a", report.pathlib.Path("b=c"))  # the first that names a folder
+    for text in ("nowhere", "a=nowhere", "plain=", "=", "", "plain=nowhere", "x" * 5000):
+        with pytest.raises(SystemExit, match="no such folder; pass FOLDER or LABEL=FOLDER") as caught:
+            report.label_and_folder(text)
+        assert "\n" not in str(caught.value)
+
+
+def rewrite(folder, columns):
+    """metrics.csv with these columns in this order."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def test_the_columns_of_metrics_may_stand_in_any_order_and_some_be_absent(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    everything = report.read_run(folder)
+    columns = ["success_rate", "seconds", "episodes", "phase", "updates", "step", "policy_loss"]
+    rewrite(folder, columns)
+    assert report.read_run(folder) == everything
+    picture = tmp_path / "c.png"
+    for absent in columns:
+        folder = write_run(tmp_path / absent / "run")
+        rewrite(folder, [name for name in columns if name != absent])
+        if absent == "success_rate":
+            with pytest.raises(SystemExit, match="no evaluation yet"):
+                report.read_run(folder)
+            continue
+        report.keep(report.Keep(tmp_path / absent / "kept", [folder]))
+        for over in ("updates", "episodes", "seconds", "critic_updates"):
+            if absent == over or over == "critic_updates" and absent in ("phase", "step"):
+                with pytest.raises(SystemExit, match="use --over"):
+                    report.curves(report.Curves(picture, [str(folder)], over))
+            else:
+                report.curves(report.Curves(picture, [str(folder)], over))
+    assert "| 1 | 10% | 50% | 90% |" in capsys.readouterr().out  # without seconds
+    (folder / "metrics.csv").write_text("phase,success_rate\nonline,0.5,more\noffline\n")  # rows too long and too short
+    assert report.read_run(folder)[1] == [{"phase": "online", "success_rate": 0.5}]
+    (folder / "metrics.csv").write_text("phase,success_rate\nonline,half\n")
+    with pytest.raises(SystemExit, match="no number"):
+        report.read_run(folder)
 
 
 @pytest.mark.parametrize(
