@@ -6,13 +6,16 @@ import sys
 
 import gymnasium as gym
 import numpy as np
-import ogbench
 import pytest
 
+from benchmarks import tasks
 from benchmarks.tasks import TaskError
 from benchmarks.tasks import ogbench_singletask as family
 from benchmarks.tasks.dataset import ARRAYS, cache_dir
 from benchmarks.tasks.download import DownloadError
+
+
+ogbench = pytest.importorskip("ogbench")
 
 
 def one_line(function, *args, **kwargs) -> str:
@@ -62,6 +65,23 @@ def test_ids_do_not_import_ogbench():
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     output = subprocess.run([sys.executable, "-c", code], cwd=root, text=True, capture_output=True, check=True).stdout
     assert output.split() == [str(len(family.ENV_IDS)), "False"]
+
+
+def test_without_the_package_one_line_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(family, "download", lambda *args, **kwargs: pytest.fail("fetched in vain"))
+    (tmp_path / "file.npz").touch()
+    for name in [name for name in sys.modules if name.startswith("ogbench.")]:
+        monkeypatch.delitem(sys.modules, name)  # as if nothing of it had ever been imported
+    monkeypatch.setitem(sys.modules, "ogbench", None)
+    calls = [(tasks.make_env, {}), (tasks.load_dataset, {}), (tasks.load_dataset, {"source": "local"})]
+    calls += [(tasks.load_dataset, {"path": tmp_path / "file.npz"})]
+    for env_id in ("cube-single-play-singletask-v0", "visual-antmaze-medium-navigate-singletask-task2-v0"):
+        for function, options in calls:
+            message = one_line(function, env_id, **options)
+            assert "pip install ogbench" in message and "labmaze has wheels up to Python 3.12" in message
+    code = "import sys; sys.modules['ogbench'] = None; from benchmarks.tasks import make_env; make_env('antmaze-umaze-v2')"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)  # the other families do not miss it
 
 
 def rollout(env, seed, steps=15):

@@ -87,7 +87,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     action (OGBench's convention for single tasks, as for the reward and the end).
 
     Raises:
-        TaskError: `visual-*`, and nothing can be rendered on this machine.
+        TaskError: `visual-*`, and nothing can be rendered on this machine; the ogbench package is missing.
     """
     with building_ogbench(env_id):
         # OGBench renders at any time, with render_mode None too; the arm does not accept another one
@@ -100,10 +100,26 @@ def building_ogbench(name: str):
     use_headless_renderer()
     with complain_about_renderer():
         importlib.import_module("mujoco")  # it loads the renderer's library
-    importlib.import_module("ogbench")
+    import_ogbench()
     with warnings.catch_warnings(), complain_about_renderer() if name.startswith("visual-") else contextlib.nullcontext():
         warnings.filterwarnings("ignore", ".*precision lowered by casting")  # of the bounds -1 and 1
         yield
+
+
+def import_ogbench(module: str = "ogbench"):
+    """The package, which registers its environments, or a module of it.
+
+    Raises:
+        TaskError: it, or something that it needs, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TaskError(
+            f"OGBench's tasks need the ogbench package ({reason}): pip install ogbench; its dependency labmaze has wheels "
+            "up to Python 3.12 only"
+        ) from error
 
 
 class SingleTask(gym.Wrapper):
@@ -220,8 +236,10 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         seed: of a local collection.
         source: `download`, `local`, or `auto`: local if the file cannot be downloaded.
     Raises:
-        TaskError: the data cannot be had, or a file is missing, truncated, changed or not of this task's shapes.
+        TaskError: the data cannot be had, a file is missing, truncated, changed or not of this task's shapes, or the
+            ogbench package is missing.
     """
+    import_ogbench()  # missed before gigabytes are fetched
     if path is not None:
         return read_ogbench(path, env_id)
     environment, kind, _, name = split_id(env_id)
@@ -282,8 +300,7 @@ def read_ogbench(path, env_id: str, sha256: str | None = None) -> Dataset:
     Raises:
         TaskError: missing, truncated, lacking an array, or of another observation or action size.
     """
-    from ogbench.relabel_utils import relabel_dataset
-
+    relabel_dataset = import_ogbench("ogbench.relabel_utils").relabel_dataset
     visual = env_id.startswith("visual-")
     state_id = env_id.removeprefix("visual-")  # the same task; needs no renderer
     env = make_env(state_id)
@@ -415,7 +432,7 @@ def _oracles(env, environment: str, kind: str) -> dict:
     things = {"cube": ["cube"], "puzzle": ["button"]}.get(environment.removeprefix("visual-").split("-")[0])
     oracles = {}
     for thing in things or ["cube", "button", "drawer", "window"]:
-        module = importlib.import_module(f"ogbench.manipspace.oracles.{style}.{thing}_{style}")
+        module = import_ogbench(f"ogbench.manipspace.oracles.{style}.{thing}_{style}")
         extra = {"gripper_always_closed": True} if "puzzle" in environment else {}
         if kind == "noisy" and "scene" in environment and thing == "cube":
             extra["max_step"] = 100
