@@ -22,7 +22,11 @@ import numpy as np
 import tyro
 
 KEPT = ("config.json", "metrics.csv", "summary.png")
-LABELS = {"cloning": "cloned policy", "offline": "after offline RL", "online": "after online RL"}  # by phase, as printed
+LABELS = {
+    "cloning": "cloned policy",
+    "offline": "after offline RL",
+    "online": "after online RL",
+}  # by phase, as printed
 
 
 @dataclass
@@ -40,7 +44,9 @@ class Curves:
     """Draw success at every evaluation of several runs."""
 
     out: tyro.conf.Positional[pathlib.Path]  # the picture, .png
-    runs: list[str]  # folders, each as FOLDER or LABEL=FOLDER (a folder's name may hold a =); one label's runs are averaged
+    runs: list[
+        str
+    ]  # folders, each as FOLDER or LABEL=FOLDER (a folder's name may hold a =); one label's runs are averaged
     over: Literal["updates", "episodes", "seconds", "critic_updates"] = "updates"  # the horizontal axis
     title: str = ""
 
@@ -84,7 +90,9 @@ def label_and_folder(text: str) -> tuple[str, pathlib.Path]:
     for i, character in enumerate(text):
         if character == "=" and os.path.isdir(text[i + 1 :]):
             return text[:i], pathlib.Path(text[i + 1 :])
-    fail(f"--runs {text}: no such folder; pass FOLDER or LABEL=FOLDER with the folder of a run, as its first lines name it")
+    fail(
+        f"--runs {text}: no such folder; pass FOLDER or LABEL=FOLDER with the folder of a run, as its first lines name it"
+    )
 
 
 def processor() -> str:
@@ -102,8 +110,16 @@ def summary_of(folder: pathlib.Path) -> dict:
     if not (folder / "summary.png").is_file():
         fail(f"{folder} is not finished, it has no summary.png: --resume {folder}")
     provenance, last = config["provenance"], {row["phase"]: row for row in rows}
-    entry = {"seed": config["seed"], "command": provenance["command"].split(" --runs ")[0], "commit": provenance["commit"]}
-    entry |= {"machine": provenance["machine"], "versions": provenance["versions"], "threads": config["threads"] or "all"}
+    entry = {
+        "seed": config["seed"],
+        "command": provenance["command"].split(" --runs ")[0],
+        "commit": provenance["commit"],
+    }
+    entry |= {
+        "machine": provenance["machine"],
+        "versions": provenance["versions"],
+        "threads": config["threads"] or "all",
+    }
     if config["data"]["local"]:
         entry["data"] = config["data"]
     numbers = ("success_rate", "score", "return", "length", "seconds")
@@ -130,7 +146,9 @@ def keep(options: Keep) -> None:
     for entry, _ in entries:
         reached = [entry.get(label, {}) for label in labels]  # a run may lack a phase, or a column
         success = [f"{row['success_rate']:.0%}" if row else "" for row in reached]
-        cells = [text + (f" ({row['seconds']:.0f} s)" if "seconds" in row else "") for text, row in zip(success, reached)]
+        cells = [
+            text + (f" ({row['seconds']:.0f} s)" if "seconds" in row else "") for text, row in zip(success, reached)
+        ]
         print(f"| {entry['seed']} | " + " | ".join(cells) + " |")
 
 
@@ -160,7 +178,9 @@ def curves(options: Curves) -> None:
         config, rows = read_run(folder)
         line = curve(rows, options.over)
         if not line[0]:
-            missing = "offline phase" if options.over == "critic_updates" else f"column {options.over!r} in its metrics.csv"
+            missing = (
+                "offline phase" if options.over == "critic_updates" else f"column {options.over!r} in its metrics.csv"
+            )
             other = "seconds" if options.over == "updates" else "updates"
             fail(f"{folder} has no {missing} to draw over {options.over.replace('_', ' ')}: use --over {other}")
         groups.setdefault(label or config["script"], []).append(line)

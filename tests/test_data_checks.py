@@ -20,7 +20,9 @@ def six_arrays(observation=(4,), action=2):
     rng = np.random.default_rng(0)
     images = len(observation) == 3
     return {
-        "observations": rng.integers(0, 255, (ROWS, *observation), np.uint8) if images else np.zeros((ROWS, *observation)),
+        "observations": rng.integers(0, 255, (ROWS, *observation), np.uint8)
+        if images
+        else np.zeros((ROWS, *observation)),
         "actions": rng.uniform(-1, 1, (ROWS, action)),
         "rewards": np.zeros(ROWS),
         "next_observations": np.zeros((ROWS, *observation), np.uint8 if images else np.float32),
@@ -178,7 +180,9 @@ def test_images_stay_images(tmp_path):
         load_dataset(VISUAL, path=path)
 
 
-@pytest.mark.parametrize("array", [1.0, np.zeros(3, complex), np.array([None]), np.zeros(3, "m8[s]"), np.zeros((3, 0, 1))])
+@pytest.mark.parametrize(
+    "array", [1.0, np.zeros(3, complex), np.array([None]), np.zeros(3, "m8[s]"), np.zeros((3, 0, 1))]
+)
 def test_what_is_no_column_of_numbers(array):
     with pytest.raises(TaskError, match="file: rewards has"):
         check_array("rewards", array, "file", ())

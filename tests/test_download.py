@@ -242,7 +242,9 @@ def test_a_read_only_cache_that_holds_the_data(tmp_path, monkeypatch, read_only,
     read_only()
     assert load_dataset("pointmaze-umaze-v0", size=50).sha256 == first.sha256
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(TaskError, match="Read-only file system.*PARL_CACHE") as caught:  # other data, before collecting it
+    with pytest.raises(
+        TaskError, match="Read-only file system.*PARL_CACHE"
+    ) as caught:  # other data, before collecting it
         load_dataset("pointmaze-umaze-v0", size=60)
     assert "\n" not in str(caught.value)
 

@@ -20,7 +20,11 @@ from benchmarks.tasks.dataset import ARRAYS, write_npz
 
 
 def test_numbers_of_d4rl():
-    for env_id, limit in (("antmaze-umaze-v2", 700), ("antmaze-medium-play-v2", 1000), ("antmaze-large-diverse-v2", 1000)):
+    for env_id, limit in (
+        ("antmaze-umaze-v2", 700),
+        ("antmaze-medium-play-v2", 1000),
+        ("antmaze-large-diverse-v2", 1000),
+    ):
         env = make_env(env_id)
         model = env.unwrapped.model
         assert env.get_wrapper_attr("_max_episode_steps") == limit

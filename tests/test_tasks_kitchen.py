@@ -169,7 +169,10 @@ def test_a_dataset_is_what_was_recorded_with_the_environments_rewards(recorded):
     np.testing.assert_array_equal(data.actions, np.array(actions, np.float32)[rows])
     np.testing.assert_array_equal(data.rewards, [0] * 6 + [0, 0, 1, 1, 3, 3, 3, 4] + [0, 1, 1, 1, 1, 1, 2, 2, 2])
     ends = np.cumsum([len(part) for part in kept]) - 1
-    assert list(np.flatnonzero(data.terminals)) == [ends[1]] and list(np.flatnonzero(data.timeouts)) == [ends[0], ends[2]]
+    assert list(np.flatnonzero(data.terminals)) == [ends[1]] and list(np.flatnonzero(data.timeouts)) == [
+        ends[0],
+        ends[2],
+    ]
     start = 0
     for episode, end in zip(minari.MinariDataset(folder / "data"), ends):
         obs = episode.observations["observation"].astype(np.float32)
@@ -178,7 +181,9 @@ def test_a_dataset_is_what_was_recorded_with_the_environments_rewards(recorded):
         start = end + 1
     for name in ARRAYS:
         assert getattr(data, name).dtype == (bool if name in ("terminals", "timeouts") else np.float32)
-    assert data.source == str(folder) and data.sha256 == file_sha256(folder / "data" / "main_data.hdf5") and not data.local
+    assert (
+        data.source == str(folder) and data.sha256 == file_sha256(folder / "data" / "main_data.hdf5") and not data.local
+    )
 
 
 def test_the_recording_gives_the_same_rewards_and_ends_in_make_env(recorded):
@@ -315,7 +320,9 @@ def test_files_put_into_the_cache_by_hand(recorded, tmp_path, damage):
     else:
         (data / damage).write_bytes((data / damage).read_bytes()[:-100])
         message = error_of("kitchen-complete-v2")
-        assert str(data / damage) in message and "not a readable Minari file" in message and "delete the file" in message
+        assert (
+            str(data / damage) in message and "not a readable Minari file" in message and "delete the file" in message
+        )
 
 
 def test_without_a_home_folder_the_cache_will_do(recorded, tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from benchmarks.tasks import ogbench_singletask as family
 from benchmarks.tasks.dataset import ARRAYS, cache_dir
 from benchmarks.tasks.download import DownloadError
 
-
 ogbench = pytest.importorskip("ogbench")
 
 
@@ -79,7 +78,9 @@ def test_without_the_package_one_line_says_what_to_do(monkeypatch, tmp_path):
         for function, options in calls:
             message = one_line(function, env_id, **options)
             assert "pip install ogbench" in message and "labmaze has wheels up to Python 3.12" in message
-    code = "import sys; sys.modules['ogbench'] = None; from benchmarks.tasks import make_env; make_env('antmaze-umaze-v2')"
+    code = (
+        "import sys; sys.modules['ogbench'] = None; from benchmarks.tasks import make_env; make_env('antmaze-umaze-v2')"
+    )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)  # the other families do not miss it
 
@@ -133,7 +134,9 @@ def test_renderer_is_chosen_after_mujoco_was_imported():
         "import mujoco\nfrom benchmarks.tasks.ogbench_singletask import make_env\n"
         "env = make_env('pointmaze-medium-navigate-singletask-v0')\nenv.reset(seed=0)\nprint(env.render().std() > 5)"
     )
-    environ = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY", "PYOPENGL_PLATFORM")}
+    environ = {
+        key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY", "PYOPENGL_PLATFORM")
+    }
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     result = subprocess.run([sys.executable, "-c", code], cwd=root, env=environ, text=True, capture_output=True)
     assert result.stdout.split()[-1:] == ["True"], result.stderr
@@ -182,7 +185,9 @@ def test_local_data_of_the_arm(name, capsys):
 @pytest.mark.parametrize("name", ["antmaze-medium-navigate", "antmaze-large-explore"])
 def test_local_data_of_the_ant(name, capsys):
     dataset = check_local_data(f"{name}-singletask-task2-v0", 250, capsys)
-    assert np.linalg.norm(dataset.next_observations[:, :2] - dataset.observations[:, :2], axis=1).max() < 1.0  # one trajectory
+    assert (
+        np.linalg.norm(dataset.next_observations[:, :2] - dataset.observations[:, :2], axis=1).max() < 1.0
+    )  # one trajectory
 
 
 @needs_rendering
@@ -267,10 +272,14 @@ def test_a_changed_cache_file_is_noticed():
     family.load_dataset("pointmaze-medium-stitch-singletask-v0", size=30, source="local")
     path = local_file("pointmaze-medium-stitch-singletask-v0", 30)
     path.write_bytes(path.read_bytes() + b"x")
-    assert "changed on disk" in one_line(family.load_dataset, "pointmaze-medium-stitch-singletask-v0", size=30, source="local")
+    assert "changed on disk" in one_line(
+        family.load_dataset, "pointmaze-medium-stitch-singletask-v0", size=30, source="local"
+    )
 
 
-@pytest.mark.parametrize("name", ["humanoidmaze-medium-navigate", "antsoccer-arena-stitch", "visual-humanoidmaze-large-stitch"])
+@pytest.mark.parametrize(
+    "name", ["humanoidmaze-medium-navigate", "antsoccer-arena-stitch", "visual-humanoidmaze-large-stitch"]
+)
 def test_what_cannot_be_collected_says_what_to_pass(name, monkeypatch):
     def refuse(*args, **kwargs):
         raise DownloadError("cannot download it: no network")

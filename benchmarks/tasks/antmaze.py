@@ -139,7 +139,11 @@ class Maze:
 
     def wall_boxes(self):
         """Rectangles of wall cells that cover all of them: (first row, first column, last row, last column)."""
-        wall, covered, boxes = np.array(self.maze_map, bool), np.zeros((len(self.maze_map), len(self.maze_map[0])), bool), []
+        wall, covered, boxes = (
+            np.array(self.maze_map, bool),
+            np.zeros((len(self.maze_map), len(self.maze_map[0])), bool),
+            [],
+        )
         for r, c in np.argwhere(wall):
             if covered[r, c]:
                 continue
@@ -207,7 +211,11 @@ class AntMaze(gym.Env):
             self.camera = mujoco.MjvCamera()
             height, width = np.array(self.maze.maze_map).shape
             self.camera.lookat[:2] = self.maze.cell_rowcol_to_xy(((height - 1) / 2, (width - 1) / 2))
-            self.camera.distance, self.camera.elevation, self.camera.azimuth = 1.3 * CELL * max(height, 0.75 * width), -90, 90
+            self.camera.distance, self.camera.elevation, self.camera.azimuth = (
+                1.3 * CELL * max(height, 0.75 * width),
+                -90,
+                90,
+            )
         self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
 
@@ -242,7 +250,9 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     if source != "local":
         try:
             with one_at_a_time(file):
-                digest = download(URL + FILES[env_id], file, SHA256.get(env_id), check=functools.partial(read_hdf5, quiet=True))
+                digest = download(
+                    URL + FILES[env_id], file, SHA256.get(env_id), check=functools.partial(read_hdf5, quiet=True)
+                )
             return read_hdf5(file, digest)
         except DownloadError as error:
             if source == "download":
@@ -253,7 +263,17 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     limit = MAX_STEPS[env_id.split("-")[1]]
     if size < 2 * limit:
         raise TaskError(f"a dataset of {size} transitions is shorter than two episodes ({2 * limit}); ask for more")
-    parts = (ant_spec, soft_contact, noisy_ant_state, Maze, AntMaze, collect, collect_chunk, _draw_start_and_goal, _next_leg)
+    parts = (
+        ant_spec,
+        soft_contact,
+        noisy_ant_state,
+        Maze,
+        AntMaze,
+        collect,
+        collect_chunk,
+        _draw_start_and_goal,
+        _next_leg,
+    )
     recipe = "".join(inspect.getsource(part) for part in parts) + file_sha256(WEIGHTS)
     recipe = hashlib.sha256(recipe.encode()).hexdigest()[:8]
     file = cache_dir() / "antmaze-local" / f"{env_id}-{size}-seed{seed}-{recipe}.hdf5"
@@ -297,7 +317,9 @@ def read_hdf5(path, sha256: str | None = None, quiet: bool = False) -> Dataset:
                 kind = "flag" if key in ("terminals", "timeouts") else "number"
                 arrays[key] = check_array(key, file[key][()], path, shape, kind)
     except (OSError, RuntimeError, AttributeError, KeyError, TypeError) as error:  # a group is no array: TypeError
-        raise TaskError(f"{path} is not a readable HDF5 file, or it is truncated ({str(error).splitlines()[0]})") from error
+        raise TaskError(
+            f"{path} is not a readable HDF5 file, or it is truncated ({str(error).splitlines()[0]})"
+        ) from error
     check_lengths(arrays, path, at_least=2)
     timeouts, terminals = arrays["timeouts"], arrays["terminals"]
     moved = np.linalg.norm(np.diff(arrays["observations"][:, :2].astype(np.float64), axis=0), axis=1)  # (N - 1,) metres
@@ -383,7 +405,9 @@ def collect_chunk(env_id: str, seed: int, number: int, size: int) -> tuple[dict,
                 leg = _next_leg(rng, maze, obs[:2], goal)
                 leg_start, leg_steps = obs[:2].copy(), 0
                 counts["legs"] += 1
-            action = np.clip(walk(obs, leg[0] - obs[:2]) + 0.2 * rng.standard_normal(ACTIONS), -1.0, 1.0).astype(np.float32)
+            action = np.clip(walk(obs, leg[0] - obs[:2]) + 0.2 * rng.standard_normal(ACTIONS), -1.0, 1.0).astype(
+                np.float32
+            )
             qpos, qvel = env.data.qpos.copy(), env.data.qvel.copy()
             next_obs, reward, terminated, _, _ = env.step(action)
             leg_steps += 1

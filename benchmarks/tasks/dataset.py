@@ -284,7 +284,9 @@ def verify(path, check=None, sha256: str | None = None) -> str:
     noted = _noted_sum(path)
     if noted is None:
         if sha256 is not None and digest != sha256:
-            raise TaskError(f"{path} is not the published file (sha256 {digest[:12]}, expected {sha256[:12]}); delete it")
+            raise TaskError(
+                f"{path} is not the published file (sha256 {digest[:12]}, expected {sha256[:12]}); delete it"
+            )
         try:
             if check is not None:
                 check(path)
@@ -338,7 +340,10 @@ def collect_in_chunks(worker, jobs: list[tuple], description: str, processes: in
     # Forked where that is possible, because a spawned process imports the whole script again; but after a fork a
     # renderer waits for ever for the threads of its parent's driver.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() and not renders else "spawn"
-    ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # this process sees to it
+    ignore_ctrl_c = {
+        "initializer": signal.signal,
+        "initargs": (signal.SIGINT, signal.SIG_IGN),
+    }  # this process sees to it
     with (
         tqdm(total=sum(job[-1] for job in jobs), desc=description, unit="step", mininterval=0.5) as bar,
         ProcessPoolExecutor(processes, multiprocessing.get_context(method), **ignore_ctrl_c) as pool,

@@ -106,7 +106,9 @@ def _transfer(url: str, partial: pathlib.Path, version_file: pathlib.Path, timeo
         try:
             with (
                 open(partial, "ab" if continued else "wb") as file,
-                tqdm(total=total, initial=start, desc=f"downloading {partial.stem[:40]}", unit="B", unit_scale=True) as bar,
+                tqdm(
+                    total=total, initial=start, desc=f"downloading {partial.stem[:40]}", unit="B", unit_scale=True
+                ) as bar,
             ):
                 while block := response.read(BLOCK):
                     file.write(block)

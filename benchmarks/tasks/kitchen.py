@@ -247,7 +247,9 @@ def _import_minari():
         _import_h5py()  # minari reads with it
         import minari
     except ImportError as error:
-        raise TaskError(f'kitchen data is read with minari and h5py ({_line(error)}): pip install "minari[hdf5]"') from error
+        raise TaskError(
+            f'kitchen data is read with minari and h5py ({_line(error)}): pip install "minari[hdf5]"'
+        ) from error
     return minari
 
 

@@ -56,12 +56,17 @@ DATASETS = {  # environment: the kinds of data that OGBench publishes
     **dict.fromkeys(("scene", *(f"puzzle-{size}" for size in ("3x3", "4x4", "4x5", "4x6"))), ("play", "noisy")),
 }
 # all but two are published with images, too
-DATASETS |= {f"visual-{name}": kinds for name, kinds in DATASETS.items() if not name.startswith(("pointmaze", "antsoccer"))}
+DATASETS |= {
+    f"visual-{name}": kinds for name, kinds in DATASETS.items() if not name.startswith(("pointmaze", "antsoccer"))
+}
 ENV_IDS = tuple(
     f"{name}-{kind}-singletask{task}-v0"
     for name, kinds in DATASETS.items() for kind in kinds for task in ("", *(f"-task{n}" for n in range(1, 6)))
 )  # fmt: skip
-DATASET_SIZE, VISUAL_DATASET_SIZE = 100_000, 20_000  # transitions of a local collection; OGBench's files have 1 to 5 million
+DATASET_SIZE, VISUAL_DATASET_SIZE = (
+    100_000,
+    20_000,
+)  # transitions of a local collection; OGBench's files have 1 to 5 million
 CHUNK = 5_000  # transitions that one process collects at a time
 
 
@@ -101,7 +106,10 @@ def building_ogbench(name: str):
     with complain_about_renderer():
         importlib.import_module("mujoco")  # it loads the renderer's library
     import_ogbench()
-    with warnings.catch_warnings(), complain_about_renderer() if name.startswith("visual-") else contextlib.nullcontext():
+    with (
+        warnings.catch_warnings(),
+        complain_about_renderer() if name.startswith("visual-") else contextlib.nullcontext(),
+    ):
         warnings.filterwarnings("ignore", ".*precision lowered by casting")  # of the bounds -1 and 1
         yield
 
@@ -137,12 +145,18 @@ class SingleTask(gym.Wrapper):
         self.action_space = gym.spaces.Box(-1.0, 1.0, self.warm_up_space.shape, np.float32)
         self.visual, space = env_id.startswith("visual-"), self.unwrapped.observation_space
         if self.visual:
-            image, proprio = gym.spaces.Box(0, 255, space.shape, np.uint8), gym.spaces.Box(-np.inf, np.inf, (0,), np.float32)
+            image, proprio = (
+                gym.spaces.Box(0, 255, space.shape, np.uint8),
+                gym.spaces.Box(-np.inf, np.inf, (0,), np.float32),
+            )
             self.observation_space = gym.spaces.Dict({"image": image, "proprio": proprio})
         else:
             self.observation_space = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
         self.asked_render_mode = render_mode
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 10 if "maze" in env_id or "soccer" in env_id else 20}
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": 10 if "maze" in env_id or "soccer" in env_id else 20,
+        }
 
     @property
     def render_mode(self):
@@ -172,7 +186,10 @@ class SingleTask(gym.Wrapper):
             return self.env.render()
 
     def close(self):
-        for name in ("custom_renderer", "_renderer"):  # of the mazes, of the arm; OGBench leaves them to the interpreter's end
+        for name in (
+            "custom_renderer",
+            "_renderer",
+        ):  # of the mazes, of the arm; OGBench leaves them to the interpreter's end
             if getattr(self.unwrapped, name, None) is not None:
                 getattr(self.unwrapped, name).close()
                 setattr(self.unwrapped, name, None)
@@ -203,7 +220,10 @@ def use_headless_renderer() -> None:
     for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if ctypes.util.find_library(library):
             os.environ["MUJOCO_GL"] = backend
-            for module in ("mujoco.rendering.classic.gl_context", "mujoco.gl_context"):  # the choice is made at their import
+            for module in (
+                "mujoco.rendering.classic.gl_context",
+                "mujoco.gl_context",
+            ):  # the choice is made at their import
                 if module in sys.modules:
                     importlib.reload(sys.modules[module])
             return
@@ -286,7 +306,10 @@ def recipe(environment: str) -> str:
     functions = (collect, collect_chunk, _oracles, _arm_trajectory, _maze_controller, _maze_trajectory, _maze_steps)
     parts = [inspect.getsource(function) for function in (*functions, _rows, _is_corridor, _distances, _waypoint)]
     if "antmaze" in environment:
-        parts += [inspect.getsource(ant_walker), file_sha256(ant_walker.WEIGHTS) if ant_walker.WEIGHTS.is_file() else ""]
+        parts += [
+            inspect.getsource(ant_walker),
+            file_sha256(ant_walker.WEIGHTS) if ant_walker.WEIGHTS.is_file() else "",
+        ]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
 
 
@@ -403,8 +426,14 @@ def collect_chunk(environment: str, kind: str, seed: int, split: int, first: int
             steps = min(left, trajectory_length(environment, kind))
             chunks.append(trajectory(env, environment, kind, controller, rng, steps))
             left -= steps
-    types = {"terminals": bool, "button_states": np.int64, "observations": np.uint8 if env._ob_type == "pixels" else np.float32}
-    return {key: np.concatenate([chunk[key] for chunk in chunks]).astype(types.get(key, np.float32)) for key in chunks[0]}
+    types = {
+        "terminals": bool,
+        "button_states": np.int64,
+        "observations": np.uint8 if env._ob_type == "pixels" else np.float32,
+    }
+    return {
+        key: np.concatenate([chunk[key] for chunk in chunks]).astype(types.get(key, np.float32)) for key in chunks[0]
+    }
 
 
 def _rows(steps) -> dict:
@@ -422,7 +451,12 @@ def _rows(steps) -> dict:
 
 # The arm.
 
-STACKING = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}  # range of its probability
+STACKING = {
+    "single": (0, 0),
+    "double": (0, 0.25),
+    "triple": (0.05, 0.35),
+    "quadruple": (0.1, 0.5),
+}  # range of its probability
 
 
 def _oracles(env, environment: str, kind: str) -> dict:
@@ -436,7 +470,9 @@ def _oracles(env, environment: str, kind: str) -> dict:
         extra = {"gripper_always_closed": True} if "puzzle" in environment else {}
         if kind == "noisy" and "scene" in environment and thing == "cube":
             extra["max_step"] = 100
-        oracles[thing] = getattr(module, f"{thing}_{style}".title().replace("_", "") + "Oracle")(env=env, **settings, **extra)
+        oracles[thing] = getattr(module, f"{thing}_{style}".title().replace("_", "") + "Oracle")(
+            env=env, **settings, **extra
+        )
     return oracles
 
 

@@ -84,11 +84,15 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     if path is not None:
         return read_npz(path, obs_shape=(4,), action_shape=(2,))
     if source == "download":
-        raise TaskError(f"{env_id} has no published file; its data is collected here (leave out --dataset-source download)")
+        raise TaskError(
+            f"{env_id} has no published file; its data is collected here (leave out --dataset-source download)"
+        )
     name = env_id.split("-")[1]
     size = DATASET_SIZE[name] if size is None else size
     if size < MAX_STEPS[name]:
-        raise TaskError(f"a dataset of {size} transitions is shorter than one episode ({MAX_STEPS[name]}); ask for more")
+        raise TaskError(
+            f"a dataset of {size} transitions is shorter than one episode ({MAX_STEPS[name]}); ask for more"
+        )
     recipe = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
     path = cache_dir() / "pointmaze" / f"{env_id}-{size}-seed{seed}-{recipe}.npz"
     with one_at_a_time(path):
