@@ -4,8 +4,8 @@
     python benchmarks/report.py curves rlpd.png --runs "utd 10=runs/a" "utd 10=runs/b" "utd 1=runs/c" --over episodes
 
 `keep` copies each run's small files to OUT/seedN, writes OUT/results.json (command, commit, machine, seed and what was
-reached) and prints the table for the README. `curves` reads the runs' metrics.csv and config.json, or what `keep` copied:
-a thin line is one run, a thick one the mean of the runs that share a label.
+reached) and prints the table for the README. `curves` reads the runs' metrics.csv and config.json, or what `keep`
+copied: a thin line is one run, a thick one the mean of the runs that share a label.
 """
 
 import csv
@@ -70,7 +70,7 @@ def read_run(folder: pathlib.Path) -> tuple[dict, list[dict]]:
 
 
 def _numbers_of(row: dict, folder: pathlib.Path) -> dict:
-    """A row of metrics.csv as numbers, by column, without its empty cells; its `phase` as text, empty if there is none."""
+    """A row of metrics.csv as numbers, by column, without its empty cells; its `phase` as text, maybe empty."""
     cells = {name: cell for name, cell in row.items() if name not in ("phase", None) and cell}
     try:
         return {name: float(cell) for name, cell in cells.items()} | {"phase": row.get("phase") or ""}
@@ -82,17 +82,15 @@ def label_and_folder(text: str) -> tuple[str, pathlib.Path]:
     """Take FOLDER or LABEL=FOLDER apart; both may contain `=`, so it is the folders that exist which decide.
 
     Returns:
-        the label (empty if there is none) and the folder: the whole text if that is a folder, else what follows the first
-        `=` that is followed by a folder. Anything else ends in one line.
+        the label (empty if there is none) and the folder: the whole text if that is a folder, else what follows the
+        first `=` that is followed by a folder. Anything else ends in one line.
     """
     if os.path.isdir(text):
         return "", pathlib.Path(text)
     for i, character in enumerate(text):
         if character == "=" and os.path.isdir(text[i + 1 :]):
             return text[:i], pathlib.Path(text[i + 1 :])
-    fail(
-        f"--runs {text}: no such folder; pass FOLDER or LABEL=FOLDER with the folder of a run, as its first lines name it"
-    )
+    fail(f"--runs {text}: no such folder; pass FOLDER or LABEL=FOLDER, the folder as the run's first lines name it")
 
 
 def processor() -> str:
@@ -153,10 +151,10 @@ def keep(options: Keep) -> None:
 
 
 def curve(rows: list[dict], over: str) -> tuple[list[float], list[float]]:
-    """Where the evaluations stand on the axis, and their success in percent; rows without the axis' column are left out.
+    """Where the evaluations stand on the axis, and their success in percent; a row without the axis is left out.
 
-    Over critic updates: the offline phase alone, whose `step` counts the updates done; over episodes: from the policy that
-    the first episode started with.
+    Over critic updates: the offline phase alone, whose `step` counts the updates done; over episodes: from the policy
+    that the first episode started with.
     """
     if over == "critic_updates":
         rows = [row | {over: row["step"]} for row in rows if row["phase"] == "offline" and "step" in row]

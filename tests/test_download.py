@@ -178,7 +178,7 @@ def test_no_server_and_no_folder_end_in_one_line(tmp_path):
 
 @pytest.fixture
 def read_only(monkeypatch, tmp_path):
-    """Call it, and from then on nothing below tmp_path can be written (root ignores permissions, so they will not do)."""
+    """Once called, nothing below tmp_path can be written (root ignores permissions, so they will not do)."""
 
     def refuse(path):
         if str(tmp_path) in str(path):

@@ -72,7 +72,7 @@ def test_reward_and_end_are_within_half_a_metre():
 
 @pytest.mark.parametrize("start", [(0, 0), (16, 4), (1.2, 0.3), (-1.2, 4.8)])
 def test_the_ant_moves_as_ogbenchs_does(start):
-    """OGBench's package has D4RL's ant as an XML file of its own, in the same medium maze with one box per wall cell."""
+    """OGBench's package has D4RL's ant as an XML file of its own, in the same medium maze, a box per wall cell."""
     pytest.importorskip("ogbench")  # registers its environments
     ours, theirs = AntMaze(MAPS["medium"]), gym.make("antmaze-medium-v0").unwrapped
     theirs.reset()
@@ -241,8 +241,14 @@ def test_bad_files_end_in_one_line(tmp_path, bad):
         path.write_bytes(path.read_bytes()[:5000])
     if bad == "text":
         path.write_text("observations")
-    expected = {"key": "'timeouts'", "size": r"needs \(N, 29\)", "action": r"needs \(N, 8\)", "strings": "must be a number",
-                "lengths": "different or no length", "missing": "no dataset file"}  # fmt: skip
+    expected = {
+        "key": "'timeouts'",
+        "size": r"needs \(N, 29\)",
+        "action": r"needs \(N, 8\)",
+        "strings": "must be a number",
+        "lengths": "different or no length",
+        "missing": "no dataset file",
+    }
     with pytest.raises(TaskError, match=expected.get(bad, "not a readable HDF5 file, or it is truncated")) as error:
         load_dataset("antmaze-umaze-v2", path=path)
     assert "\n" not in str(error.value)
@@ -281,8 +287,8 @@ def test_without_network_data_is_collected_with_a_notice(tmp_path, monkeypatch, 
 
 def test_two_processes_that_want_the_same_data_collect_it_once(tmp_path, monkeypatch):
     monkeypatch.setenv("PARL_CACHE", str(tmp_path))
-    # An executor, which lets its processes end: a Pool kills them by SIGTERM, and forked here they hold the handler of any
-    # run that an earlier test made, which only takes note of it.
+    # An executor, which lets its processes end: a Pool kills them by SIGTERM, and forked here they hold the handler of
+    # any run that an earlier test made, which only takes note of it.
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         results = list(pool.map(_sha256_of_small_dataset, range(2)))
     assert results[0] == results[1] and len(list(tmp_path.rglob("*.hdf5"))) == 1

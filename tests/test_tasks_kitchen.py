@@ -32,7 +32,8 @@ def put(env, *tasks):
     base.robot_env.set_state(qpos, np.zeros_like(base.data.qvel))
 
 
-# one plan an episode: what happens before which step. The second goes on after all four; in the third the kettle moves back.
+# one plan an episode: what happens before which step. The second goes on after all four; in the third the kettle moves
+# back.
 PLANS = [
     (6, {}),
     (12, {2: TASKS[:1], 4: TASKS[1:3], 7: TASKS[3:]}),

@@ -53,7 +53,8 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         seed: seed of a local collection.
         source: `auto`, `download` (the published file or an error) or `local` (collect here).
     Raises:
-        TaskError: the id is unknown, the data cannot be had, or a file is missing, truncated, changed or of another shape.
+        TaskError: the id is unknown, the data cannot be had, or a file is missing, truncated, changed or of another
+            shape.
     """
     return _family(env_id).load_dataset(env_id, path=path, size=size, seed=seed, source=source)
 

@@ -39,7 +39,7 @@ def load_walker(path=WEIGHTS):
 
 
 def upright(qpos) -> float:
-    """Cosine between the torso's axis and the vertical: 1 standing, below 0 on its back. qpos (>= 7,), quaternion at 3."""
+    """Cosine between torso and vertical: 1 standing, below 0 on its back. qpos (>= 7,), quaternion at 3."""
     return 1 - 2 * float(qpos[4] ** 2 + qpos[5] ** 2) / float(qpos[3:7] @ qpos[3:7])
 
 

@@ -1,9 +1,9 @@
-"""`antmaze-{umaze,umaze-diverse,medium-play,medium-diverse,large-play,large-diverse}-v2`: D4RL's AntMaze on current MuJoCo.
+"""`antmaze-{umaze,umaze-diverse,medium-play,medium-diverse,large-play,large-diverse}-v2`: D4RL's AntMaze, rebuilt.
 
-A four-legged ant walks through a maze to a goal it is not told; the reward is 1 (and the end) within half a metre of it.
-The environment is D4RL's definition of v2, rebuilt on the `mujoco` package: the same mazes, ant, noise and limits (facts
-from the `d4rl` package). One difference is MuJoCo's own: since 2.1.2 a capsule's inertia is exact where it was that of
-a cylinder.
+A four-legged ant walks through a maze to a goal it is not told; the reward is 1 (and the end) within half a metre of
+it. The environment is D4RL's definition of v2, rebuilt on the `mujoco` package: the same mazes, ant, noise and limits
+(facts from the `d4rl` package). One difference is MuJoCo's own: since 2.1.2 a capsule's inertia is exact where it was
+that of a cylinder.
 
 The data is D4RL's HDF5 file, downloaded; without network it is collected here after D4RL's protocol, by the walking
 policy of `ant_walker.py` along shortest paths. See `load_dataset` and benchmarks/tasks/README.md.
@@ -67,7 +67,7 @@ GOAL_RADIUS = 0.5  # m
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """One ant maze. Observation (29,) float32: qpos[:15], qvel[:14]; action (8,) in [-1, 1]; `info["success"]` at the goal."""
+    """One ant maze. Observation (29,) float32: qpos[:15], qvel[:14]; action (8,) in [-1, 1]; `info["success"]`."""
     name = env_id.split("-")[1]
     return gym.wrappers.TimeLimit(AntMaze(MAPS[name], render_mode), MAX_STEPS[name])
 
@@ -294,9 +294,9 @@ def read_hdf5(path, sha256: str | None = None, quiet: bool = False) -> Dataset:
     Rows are consecutive steps, and a row's next observation is the next row's. The row where `timeouts` is set has no
     next row of its own trajectory and is left out, as is the file's last row.
 
-    A row from which the ant jumps more than `JUMP` to the next one counts as if `timeouts` were set there: the trajectory
-    was cut, and a file whose flags do not say so would teach that the ant flies. One line on stderr gives the counts, unless
-    `quiet`. A terminal row stays: it needs no next row, and a new trajectory may well begin there.
+    A row from which the ant jumps more than `JUMP` to the next one counts as if `timeouts` were set there: the
+    trajectory was cut, and a file whose flags do not say so would teach that the ant flies. One line on stderr gives
+    the counts, unless `quiet`. A terminal row stays: it needs no next row, and a new trajectory may well begin there.
 
     Raises:
         TaskError: missing, truncated, lacking a key, or of another observation or action size.
@@ -334,7 +334,8 @@ def read_hdf5(path, sha256: str | None = None, quiet: bool = False) -> Dataset:
         raise TaskError(f"{path} has no row whose next row belongs to the same trajectory; is it an AntMaze file?")
     cut = np.append(~kept[1:], True) & ~terminals  # the last kept row of a trajectory that only ran out of time
     return Dataset(
-        observations=arrays["observations"][kept].astype(np.float32), actions=arrays["actions"][kept].astype(np.float32),
+        observations=arrays["observations"][kept].astype(np.float32),
+        actions=arrays["actions"][kept].astype(np.float32),
         rewards=arrays["rewards"][kept].astype(np.float32),
         next_observations=arrays["observations"][np.flatnonzero(kept) + 1].astype(np.float32),
         terminals=terminals[kept], timeouts=cut[kept], source=str(path), sha256=sha256 or file_sha256(path),
@@ -357,8 +358,9 @@ def _write_hdf5(file, arrays: dict, attributes: dict) -> None:
 def collect(env_id: str, size: int, seed: int, processes: int | None = None) -> tuple[dict, dict]:
     """D4RL's protocol with our walker: arrays of D4RL's layout, and how well it went.
 
-    Returns the arrays (size rows) and, of the whole collection, `legs_reached` and `legs_fallen` (shares of the waypoint
-    legs), `mean_speed` (m/s, over reached legs), `commanded_goals_reached` and `task_success` (shares of trajectories).
+    Returns the arrays (size rows) and, of the whole collection, `legs_reached` and `legs_fallen` (shares of the
+    waypoint legs), `mean_speed` (m/s, over reached legs), `commanded_goals_reached` and `task_success` (shares of
+    trajectories).
     """
     load_walker()  # complain before any process starts
     sizes = [min(10_000, size - first) for first in range(0, size, 10_000)]
@@ -453,7 +455,7 @@ def _draw_start_and_goal(rng, maze: Maze, name: str, variant: list[str]):
 
 
 def _next_leg(rng, maze: Maze, xy, goal):
-    """The point to walk to next and how near counts as there: the goal, or a point in the next cell on the way to it."""
+    """The point to walk to next and how near counts as there: the goal, or a point in the next cell on the way."""
     cell, goal_cell = maze.cell_xy_to_rowcol(xy), maze.cell_xy_to_rowcol(goal)
     following, queue = {goal_cell: goal_cell}, collections.deque([goal_cell])
     while queue and cell not in following:  # breadth first from the goal: each cell's neighbour towards it

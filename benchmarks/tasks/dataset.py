@@ -26,10 +26,10 @@ class TaskError(ValueError):
 
 @dataclass
 class Dataset:
-    """N transitions in recorded order: a trajectory is a run of rows that ends where `terminals` or `timeouts` is set."""
+    """N transitions in recorded order: a trajectory is a run of rows up to one with `terminals` or `timeouts` set."""
 
     observations: np.ndarray
-    """(N, O) float32; of a task seen through a camera a dict of `image` (N, H, W, 3) uint8 and `proprio` (N, P) float32."""
+    """(N, O) float32; through a camera a dict of `image` (N, H, W, 3) uint8 and `proprio` (N, P) float32."""
     actions: np.ndarray
     """(N, A) float32, in the environment's action space."""
     rewards: np.ndarray
@@ -236,8 +236,8 @@ def _open_lock(path: pathlib.Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path.with_name(path.name + ".lock"), "w")
     except OSError:
-        # Another user's lock file in a shared folder, or (the path being a folder) data that is already there. An absent
-        # file in a folder that takes none is an error now, before minutes of collecting.
+        # Another user's lock file in a shared folder, or (the path being a folder) data that is already there. An
+        # absent file in a folder that takes none is an error now, before minutes of collecting.
         if path.exists() or os.access(path.parent, os.W_OK | os.X_OK):
             return None
         raise
@@ -268,7 +268,8 @@ def write_note(path: pathlib.Path, digest: str) -> None:
 def verify(path, check=None, sha256: str | None = None) -> str:
     """The sha256 of a file in the cache, which must be what its note says.
 
-    A file without a readable note was put there by hand: it must pass `check`, and gets its note if the folder takes one.
+    A file without a readable note was put there by hand: it must pass `check`, and then gets a note if that can be
+    written.
 
     Args:
         check: `check(path)` raises a TaskError if this is not a file of the wanted kind.
@@ -330,7 +331,7 @@ def announce_local_data(env_id: str, reason: str, what: str) -> None:
 
 
 def collect_in_chunks(worker, jobs: list[tuple], description: str, processes: int | None = None, renders=False) -> list:
-    """`worker(*job)` for every job, on all cores; the results in the jobs' order, so that they do not depend on the cores.
+    """`worker(*job)` for every job, on all cores; the results in the jobs' order, whatever the number of cores.
 
     worker: a function of a module, which draws its random numbers from a seed in its job. jobs: tuples whose last entry
     is a number of transitions, for the progress bar. renders: the worker draws images.

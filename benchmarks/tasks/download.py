@@ -25,14 +25,14 @@ def download(url: str, path, sha256: str | None = None, check=None, timeout: flo
     """Fetch `url` into `path` unless that exists, and return the sha256 of its bytes.
 
     The bytes go to `<path>.partial`, which takes its final name only when it has the length the server announced, the
-    sum `sha256` if one is given, and `check(partial)`, if given, raises no TaskError. A transfer that breaks is continued
-    where it stopped, in this call or a later one, as long as the server still has the same file (its ETag or
+    sum `sha256` if one is given, and `check(partial)`, if given, raises no TaskError. A transfer that breaks is
+    continued where it stopped, in this call or a later one, as long as the server still has the same file (its ETag or
     Last-Modified). The sum is kept in a note for `dataset.verify`. A file that is there without a note, put there by
     hand, must have the sum and pass the check as well.
 
     Raises:
-        DownloadError: no connection, an HTTP error, a server that sends nothing for `timeout` seconds, or a file of wrong
-            length, sum or content.
+        DownloadError: no connection, an HTTP error, a server that sends nothing for `timeout` seconds, or a file of
+            wrong length, sum or content.
         TaskError: the folder cannot be written to.
     """
     path = pathlib.Path(path)
@@ -74,7 +74,7 @@ def _forget(partial, version_file) -> None:
 
 
 def _transfer(url: str, partial: pathlib.Path, version_file: pathlib.Path, timeout: float) -> str | None:
-    """One request. None when the file is whole, else what broke and may be tried again; raises where that is useless."""
+    """One request. None when the file is whole, else what broke; raises where trying again is useless."""
     version, have = _known_version(partial, version_file)
     headers = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
     try:

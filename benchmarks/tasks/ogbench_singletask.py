@@ -1,14 +1,15 @@
 """OGBench's `*-singletask-*` tasks, e.g. `cube-single-play-singletask-v0`, `visual-scene-play-singletask-task2-v0`.
 
-The environments are those of the `ogbench` package, with its rewards: in a maze -1 until the goal, 0 there; with an arm minus
-the number of parts (cubes, buttons, ...) that are not where they should be. An episode ends when all are. A name without
-`-taskN-` is OGBench's default task of that environment.
+The environments are those of the `ogbench` package, with its rewards: in a maze -1 until the goal, 0 there; with an arm
+minus the number of parts (cubes, buttons, ...) that are not where they should be. An episode ends when all are. A name
+without `-taskN-` is OGBench's default task of that environment.
 
 The data is OGBench's `.npz` file (one per environment and kind of data, shared by all its tasks), downloaded; without
-network it is collected here as OGBench collected its own: the arm by the oracles inside the `ogbench` package, the mazes
-along shortest paths, the ant by the walking policy of `ant_walker.py`. Humanoid and soccer have no local collection: their
-controllers are large trained policies. Kinds of data: `navigate` walks from goal to goal, `stitch` to one goal four cells
-away, `explore` in random directions; `play` follows smooth plans, `noisy` a feedback controller with noise.
+network it is collected here as OGBench collected its own: the arm by the oracles inside the `ogbench` package, the
+mazes along shortest paths, the ant by the walking policy of `ant_walker.py`. Humanoid and soccer have no local
+collection: their controllers are large trained policies. Kinds of data: `navigate` walks from goal to goal, `stitch` to
+one goal four cells away, `explore` in random directions; `play` follows smooth plans, `noisy` a feedback controller
+with noise.
 """
 
 import contextlib
@@ -87,9 +88,9 @@ def split_id(env_id: str) -> tuple[str, str, str, str]:
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """One OGBench environment in single-task mode, within its time limit.
 
-    Observation: a float32 vector; of `visual-*` a dict of `image` (64, 64, 3) uint8 and `proprio` (0,) float32, as OGBench
-    gives a camera and nothing else. Action: float32 in [-1, 1]. `info["success"]`: the task was solved before this step's
-    action (OGBench's convention for single tasks, as for the reward and the end).
+    Observation: a float32 vector; of `visual-*` a dict of `image` (64, 64, 3) uint8 and `proprio` (0,) float32, as
+    OGBench gives a camera and nothing else. Action: float32 in [-1, 1]. `info["success"]`: the task was solved before
+    this step's action (OGBench's convention for single tasks, as for the reward and the end).
 
     Raises:
         TaskError: `visual-*`, and nothing can be rendered on this machine; the ogbench package is missing.
@@ -125,16 +126,17 @@ def import_ogbench(module: str = "ogbench"):
     except ImportError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TaskError(
-            f"OGBench's tasks need the ogbench package ({reason}): pip install ogbench; its dependency labmaze has wheels "
-            "up to Python 3.12 only"
+            f"OGBench's tasks need the ogbench package ({reason}): pip install ogbench; its dependency labmaze has "
+            "wheels up to Python 3.12 only"
         ) from error
 
 
 class SingleTask(gym.Wrapper):
     """Float32 observations, a bool `info["success"]`, and resets that a seed fixes.
 
-    OGBench draws starts and teleports with numpy's global generator, and the actions with which it warms a scene up from
-    spaces that nobody seeds. Here both come from streams of the environment's own, and the global generator stays as it was.
+    OGBench draws starts and teleports with numpy's global generator, and the actions with which it warms a scene up
+    from spaces that nobody seeds. Here both come from streams of the environment's own, and the global generator stays
+    as it was.
     """
 
     def __init__(self, env: gym.Env, env_id: str, render_mode: str | None):
@@ -203,7 +205,7 @@ def legacy_generator(*seeds: int) -> np.random.RandomState:
 
 @contextlib.contextmanager
 def as_global_generator(generator: np.random.RandomState):
-    """Within, `np.random.uniform` and the like draw from `generator`; afterwards they go on as if nothing had been drawn."""
+    """Within, `np.random.uniform` etc. draw from `generator`; afterwards they go on as if nothing had been drawn."""
     saved = np.random.get_state(legacy=False)
     np.random.set_state(generator.get_state(legacy=False))
     try:
@@ -276,8 +278,8 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
             reason = str(error)
     if "humanoid" in env_id or "soccer" in env_id:
         raise TaskError(
-            f"no data for {env_id}: {reason}; it cannot be collected here, so fetch {URL}/{name}.npz elsewhere and pass "
-            "--dataset-path FILE.npz"
+            f"no data for {env_id}: {reason}; it cannot be collected here, so fetch {URL}/{name}.npz elsewhere and "
+            "pass --dataset-path FILE.npz"
         )
     if size is None:
         size = VISUAL_DATASET_SIZE if env_id.startswith("visual-") else DATASET_SIZE
@@ -316,9 +318,9 @@ def recipe(environment: str) -> str:
 def read_ogbench(path, env_id: str, sha256: str | None = None) -> Dataset:
     """Read a file of OGBench's layout and give it the rewards of this task.
 
-    Rows are consecutive states. The last row of a trajectory has `terminals` set; it is only the next observation of the
-    row before it. Rows after a success stay in, as OGBench has them: `terminals` (the task was solved in this row's state)
-    only stops the backup there.
+    Rows are consecutive states. The last row of a trajectory has `terminals` set; it is only the next observation of
+    the row before it. Rows after a success stay in, as OGBench has them: `terminals` (the task was solved in this row's
+    state) only stops the backup there.
 
     Raises:
         TaskError: missing, truncated, lacking an array, or of another observation or action size.
@@ -371,7 +373,7 @@ def has_buttons(env_id: str) -> bool:
 
 
 def check_layout(path, keys=("observations", "actions", "terminals", "qpos"), or_six_arrays: bool = False) -> str:
-    """Complain unless `path` is a whole .npz with these arrays; with `or_six_arrays` it may be one of Dataset's instead.
+    """Complain unless `path` is a whole .npz with these arrays; or, with `or_six_arrays`, with Dataset's.
 
     Looks only at the directory of the archive, which is at its end: cheap, and it notices a truncated file.
     """
@@ -396,7 +398,7 @@ def trajectory_length(environment: str, kind: str) -> int:
 
 
 def collect(environment: str, kind: str, size: int, seed: int, processes: int | None = None) -> tuple[dict, dict]:
-    """Arrays of OGBench's layout with `size` transitions (the last trajectory is cut there), and others to validate with."""
+    """Arrays of OGBench's layout with `size` transitions (the last trajectory is cut), and others to validate with."""
     if "antmaze" in environment:
         ant_walker.load_walker()  # complain before any process starts
     length = trajectory_length(environment, kind)
@@ -410,7 +412,7 @@ def collect(environment: str, kind: str, size: int, seed: int, processes: int | 
 
 
 def collect_chunk(environment: str, kind: str, seed: int, split: int, first: int, size: int) -> dict:
-    """`size` transitions in whole trajectories (but the last); `split` (0 train, 1 validation) and `first` choose the seed."""
+    """`size` transitions in whole trajectories (but the last); `split` (0 train, 1 validation) and `first` seed it."""
     rng = np.random.default_rng([seed, split, first])
     maze = "maze" in environment
     options = {"disable_env_checker": True, "terminate_at_goal": False} | ({} if maze else {"mode": "data_collection"})
@@ -520,7 +522,7 @@ def _maze_controller(environment: str, kind: str, rng):
 
 
 def _maze_trajectory(env, environment, kind, act, rng, steps) -> dict:
-    """One trajectory whose ant stays on its legs, so far as twenty attempts yield one: on its back it lies until the end.
+    """One trajectory whose ant stays on its legs, if twenty attempts yield one: on its back it lies until the end.
 
     (`explore` is noise, and may fall.)
     """
@@ -532,7 +534,7 @@ def _maze_trajectory(env, environment, kind, act, rng, steps) -> dict:
 
 
 def _maze_steps(env, kind, act, rng, steps) -> list:
-    """From a random cell along shortest paths to random goals (`navigate`) or one nearby (`stitch`), or about (`explore`)."""
+    """From a random cell by shortest paths to any goal (`navigate`), one nearby (`stitch`), or about (`explore`)."""
     free = [(int(r), int(c)) for r, c in np.argwhere(env.maze_map == 0)]
     start = free[rng.integers(len(free))]
     goals = [cell for cell in free if not _is_corridor(env.maze_map, cell)]

@@ -158,7 +158,7 @@ def collect(env_id: str, size: int, seed: int) -> Dataset:
 
 
 def _drive(obs, waypoint, speed):
-    """Force that brings the velocity to `speed` towards the waypoint within about one decision (24 m/s^2 at force 1)."""
+    """Force that brings the velocity to `speed` towards the waypoint in about one decision (24 m/s^2 at force 1)."""
     offset = waypoint - obs[:2]
     desired = offset / max(np.linalg.norm(offset), 1e-6) * min(speed, 4.0 * np.linalg.norm(offset))
     return (desired - obs[2:4]) / (24.0 * 0.01 * SUBSTEPS)
