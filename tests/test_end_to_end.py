@@ -210,7 +210,8 @@ def test_offline_and_online_can_be_left_out(tmp_path):
     "flags",
     [
         "--critic-loss mse",
-        "--target-data-actions --keep-best-of-path --hl-gauss-release-width --release-returns --distill-mixed --sample-backup",
+        "--target-data-actions --keep-best-of-path --hl-gauss-release-width --release-returns",
+        "--distill-mixed --sample-backup --no-distill-data-actions",
         "--distill-selection sample --no-greedy-rollouts --num-keep 1 --num-gradient-steps 0",
         "--num-offline-steps 0 --num-offline-evals 0 --mixing-ratio 1 --utd 2 --distill-ratio 0",
     ],

@@ -24,10 +24,10 @@ from benchmarks.tasks.dataset import Dataset, write_npz
 
 SCRIPTS = (calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql)
 TOY = (
-    "--env-id pointmaze-umaze-v0 --dataset-size 300 --threads 1 --eval-episodes 2 --log-every 10 --num-cloning-steps 20 "
-    "--num-offline-steps 20 --num-online-episodes 2 --num-offline-evals 2 --num-online-evals 1 --policy-hidden 8 "
-    "--policy-blocks 1 --cloning-batch-size 8 --critic-hidden 8 --batch-size 8 --num-bins 8 --num-samples 2 --num-keep 2 "
-    "--num-gradient-steps 1 --no-eval-processes"
+    "--env-id pointmaze-umaze-v0 --dataset-size 300 --threads 1 --eval-episodes 2 --log-every 10 "
+    "--num-cloning-steps 20 --num-offline-steps 20 --num-online-episodes 2 --num-offline-evals 2 --num-online-evals 1 "
+    "--policy-hidden 8 --policy-blocks 1 --cloning-batch-size 8 --critic-hidden 8 --batch-size 8 --num-bins 8 "
+    "--num-samples 2 --num-keep 2 --num-gradient-steps 1 --no-eval-processes"
 ).split()
 
 
@@ -108,7 +108,7 @@ def test_no_locks_on_the_file_system(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_during_an_evaluation_stops_it_and_loses_nothing(number, tmp_path):
-    flags = "--eval-episodes 3000 --eval-processes --checkpoint-seconds 1000 --num-offline-steps 0 --num-online-episodes 0"
+    flags = "--eval-episodes 3000 --eval-processes --checkpoint-seconds 1000 --num-offline-steps 0"
     process = start(*flags.split(), "--runs", str(tmp_path))  # its only save is the one before the evaluation
     wait_for(lambda: folders(tmp_path) and (folders(tmp_path)[0] / "checkpoint.pt").is_file(), process)
     time.sleep(0.3)
@@ -242,7 +242,8 @@ def line_data(rows=40):
 def run_on(monkeypatch, tmp_path, env, dataset, *flags):
     monkeypatch.setattr(calql, "make_env", lambda env_id, **kwargs: env())
     monkeypatch.setattr(calql, "load_dataset", lambda *a, **k: dataset)
-    calql.main([*TOY, "--env-id", "line-v0", "--preset", "pointmaze", "--reward-bias", "0", *flags, "--runs", str(tmp_path)])
+    own = ["--env-id", "line-v0", "--preset", "pointmaze", "--reward-bias", "0", "--runs", str(tmp_path)]
+    calql.main([*TOY, *own, *flags])
 
 
 @pytest.mark.parametrize(

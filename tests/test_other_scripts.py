@@ -28,7 +28,7 @@ SCRIPTS = {
 VARIANTS = [
     (parl_transformer_calql, "--critic-loss mse --distill-selection sample"),
     (parl_diffusion_iql, "--extraction idql"),
-    (parl_diffusion_iql, "--critic-loss mse --refresh-every 0 --no-distill-data-actions --num-keep 1 --distill-after 0"),
+    (parl_diffusion_iql, "--critic-loss mse --refresh-every 0 --no-distill-data-actions --num-keep 1"),
     (parl_diffusion_iql, "--num-offline-steps 0 --num-offline-evals 0 --distill-ratio 0"),
     (parl_diffusion_rlpd, "--critic-loss mse --target-data-actions --sample-backup --distill-selection greedy"),
     (parl_diffusion_rlpd, "--num-keep 1 --num-gradient-steps 0 --distill-ratio 0 --mixing-ratio 1"),

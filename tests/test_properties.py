@@ -258,7 +258,8 @@ def test_chunks_change_nothing(two_threads, monkeypatch):
     calls, forward = [], fast_critic.FrozenCritic._forward
     count = lambda self, obs, *rest: calls.append(len(obs)) or forward(self, obs, *rest)  # noqa: E731
     monkeypatch.setattr(fast_critic.FrozenCritic, "_forward", count)
-    optimize = lambda: script.optimize_actions(critic, obs, actions, 4, 3, 0.05, data_actions=actions[:, 0])  # noqa: E731
+    given = dict(data_actions=actions[:, 0])
+    optimize = lambda: script.optimize_actions(critic, obs, actions, 4, 3, 0.05, **given)  # noqa: E731
     split = optimize()
     # one ranking, and three steps with the value at their start; for each state and each of the three members
     assert calls == [1] * (5 * 40 * 3)
