@@ -258,7 +258,7 @@ def test_a_read_only_cache_without_the_data_is_said_before_it_is_collected(tmp_p
         load_dataset("pointmaze-umaze-v0", size=50)
 
 
-@pytest.mark.parametrize("note", [None, "", "{", "[]", "{}", '{"sha256": null}'])
+@pytest.mark.parametrize("note", [None, "", "{", "[]", "{}", '{"sha256": null}', '{"sha256": 5}'])
 def test_a_file_put_into_the_cache_by_hand(tmp_path, note):
     path, checked = tmp_path / "file.hdf5", []
     path.write_bytes(CONTENT)
