@@ -10,6 +10,7 @@ copied: a thin line is one run, a thick one the mean of the runs that share a la
 
 import csv
 import json
+import math
 import os
 import pathlib
 import platform
@@ -125,6 +126,14 @@ def summary_of(folder: pathlib.Path) -> dict:
     return entry | {label: {n: row[n] for n in numbers if n in row} for label, row in phases.items()}
 
 
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a rate (Wilson's score interval): sensible also where every trial succeeded."""
+    z, rate = 1.959964, successes / trials
+    middle = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2)) / (1 + z**2 / trials)
+    return middle - half, middle + half
+
+
 def keep(options: Keep) -> None:
     entries = sorted(((summary_of(folder), folder) for folder in options.runs), key=lambda pair: pair[0]["seed"])
     seeds = [entry["seed"] for entry, _ in entries]
@@ -137,7 +146,7 @@ def keep(options: Keep) -> None:
             shutil.copyfile(folder / name, target / name)
     episodes = json.loads((entries[0][1] / "config.json").read_text())["eval_episodes"]
     document = {"machine": options.machine or processor(), "note": options.note, "eval_episodes": episodes}
-    document |= {"runs": [entry for entry, _ in entries]}
+    document |= {"mean": means([entry for entry, _ in entries], episodes), "runs": [entry for entry, _ in entries]}
     (options.out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
     labels = [label for label in LABELS.values() if label in entries[0][0]]
     print("| seed | " + " | ".join(labels) + " |\n|" + "---|" * (1 + len(labels)))
@@ -148,6 +157,19 @@ def keep(options: Keep) -> None:
             text + (f" ({row['seconds']:.0f} s)" if "seconds" in row else "") for text, row in zip(success, reached)
         ]
         print(f"| {entry['seed']} | " + " | ".join(cells) + " |")
+    cells = [f"{m['success_rate']:.0%} ({m['low']:.0%} to {m['high']:.0%})" for m in document["mean"].values()]
+    print("| mean, 95 % | " + " | ".join(cells) + " |")
+
+
+def means(entries: list[dict], episodes: int) -> dict:
+    """By phase: mean success of the seeds, and its 95 % interval over the episodes of all of them taken together."""
+    document = {}
+    for label in LABELS.values():
+        rates = [entry[label]["success_rate"] for entry in entries if "success_rate" in entry.get(label, {})]
+        if rates:
+            low, high = wilson(sum(rates) * episodes, len(rates) * episodes)
+            document[label] = {"success_rate": sum(rates) / len(rates), "low": round(low, 4), "high": round(high, 4)}
+    return document
 
 
 def curve(rows: list[dict], over: str) -> tuple[list[float], list[float]]:

@@ -129,3 +129,14 @@ def test_two_runs_of_one_seed_are_not_kept_over_each_other(tmp_path):
     runs = [write_run(tmp_path / name) for name in ("a", "b")]
     with pytest.raises(SystemExit, match="one run for each seed"):
         report.keep(report.Keep(tmp_path / "out", runs))
+
+
+def test_the_mean_of_the_seeds_has_an_interval(tmp_path):
+    """Wilson's interval by hand: of 4 in 10 it is [0.1682, 0.6873], of 10 in 10 it begins at 1 / (1 + z^2 / 10)."""
+    assert report.wilson(4, 10) == pytest.approx((0.1682, 0.6873), abs=1e-4)
+    assert report.wilson(10, 10) == pytest.approx((1 / (1 + 1.959964**2 / 10), 1.0))
+    runs = [write_run(tmp_path / f"run{seed}", seed, (0.1, 0.5, 0.2 * seed)) for seed in (1, 3)]
+    report.keep(report.Keep(tmp_path / "out", runs))
+    mean = json.loads((tmp_path / "out/results.json").read_text())["mean"]
+    low, high = report.wilson(8, 20)
+    assert mean["after online RL"] == {"success_rate": 0.4, "low": round(low, 4), "high": round(high, 4)}
