@@ -28,9 +28,8 @@ def test_the_harness_stays_small():
     assert sum(map(num_lines, (ROOT / "benchmarks/harness").glob("**/*.py"))) <= 1_200
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/baselines").glob("*.py")), ids=lambda path: path.name)
-def test_a_baseline_is_short(path):
-    assert num_lines(path) <= 400
+def test_a_baseline_is_short():
+    assert not [path.name for path in (ROOT / "benchmarks/baselines").glob("*.py") if num_lines(path) > 400]
 
 
 def test_no_line_is_wide():
