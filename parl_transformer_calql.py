@@ -118,7 +118,7 @@ PRESETS: dict[str, dict] = {
     "pointmaze": dict(
         num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50,
         eval_processes=False, num_offline_evals=3, num_online_evals=4, log_every=50, policy_width=64, policy_layers=2,
-        policy_heads=4, policy_lr=1e-3, policy_warmup=200, distill_lr=3e-4, ensemble_size=2,
+        policy_heads=4, policy_ema=0.002, policy_lr=1e-3, policy_warmup=200, distill_lr=3e-4, ensemble_size=2,
         critic_hidden=(128, 128), critic_lr=1e-3, discount=0.95, target_tau=0.03, num_bins=64, cql_actions=4,
         num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.03),
     # On top of the family's: what two CPU cores train in 20 to 30 minutes. Actions are drawn from equation 4.3 over all
@@ -127,7 +127,7 @@ PRESETS: dict[str, dict] = {
     "laptop": dict(
         dataset_size=200_000, num_cloning_steps=10_000, num_offline_steps=6_000, num_online_episodes=20,
         eval_episodes=50, num_offline_evals=1, num_online_evals=1, policy_width=128, policy_layers=2,
-        policy_heads=4, policy_lr=5e-4, policy_warmup=500, distill_lr=5e-5, ensemble_size=2,
+        policy_heads=4, policy_ema=0.002, policy_lr=5e-4, policy_warmup=500, distill_lr=5e-5, ensemble_size=2,
         critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64, cql_actions=2,
         num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False,
         distill_selection="sample", utd=0.5, distill_ratio=0.05),
