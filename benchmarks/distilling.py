@@ -1,18 +1,26 @@
-"""What distilling does to a policy while its critic stands still: success and spread of its samples, update by update.
+"""What distilling does to success: of the policy alone, of its optimized actions, and of the cloned policy's.
 
     python parl_diffusion_calql.py --num-online-episodes 0 --runs runs            # clones, trains the critic, stops
-    python -m benchmarks.distilling runs/<folder> --out distilling.csv            # distils in four ways from there
-    python -m benchmarks.distilling --draw distilling.png --title "default task" --csv a.csv b.csv
+    python -m benchmarks.distilling runs/<folder> --out frozen.csv                # distils in four ways from there
+    python -m benchmarks.distilling runs/<folder> --online 20 --out online.csv    # or fine-tunes online in three
+    python -m benchmarks.distilling --draw frozen.png --title "default task" --csv a.csv b.csv
 
-Each way starts from the cloned policy and the critic of the run, after a few online episodes of the optimized policy:
-with and without the data's own action among the candidates (algorithm 1, line 3), on states uniform over all rows
-(equation 4.4) or half online. The critic never changes, so whatever falls is the policy's doing: `alone` is success of
-its samples, `ranked` that of the optimized policy, `spread` the standard deviation of 32 samples of a state (mean over
-dimensions and 2,000 states of the buffer), `q` the critic's mean over the same samples.
+All ways start from the cloned policy and the critic of the run. The first four distil under a critic that never
+changes, after a few online episodes of the optimized policy: with and without the data's own action among the
+candidates (algorithm 1, line 3), on states uniform over all rows (equation 4.4) or half online. Whatever falls is the
+policy's doing. The three of `--online` are phase 3 of the script: as it is, with the critic standing still (`--utd 0`),
+and with the policy standing still (`--distill-ratio 0`).
+
+`alone` is success of the policy's samples, `ranked` that of the optimized policy, `cloned` that of the cloned policy's
+samples optimized by the present critic, `spread` the standard deviation of 32 samples of a state (mean over dimensions
+and 2,000 states of the buffer), `q` the critic's mean over the same samples. Online, `q_taken` is the critic's Q of the
+actions of the episodes since the last measurement, as it was when they were taken, and `followed` the discounted return
+that did follow them (paper, figure 14; of an episode that failed, what failing for ever is worth).
 """
 
 import copy
 import csv
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -32,13 +40,16 @@ from benchmarks.harness.rollouts import collect_episode, evaluate
 
 @dataclass
 class Options:
-    """Distil in four ways from a run that was trained offline, or draw what came of it."""
+    """Distil from a run that was trained offline, under its critic or online, or draw what came of it."""
 
     run: tyro.conf.Positional[str] = ""  # folder of a finished run of parl_diffusion_calql.py without online episodes
     out: str = "distilling.csv"  # the table to write
     updates: int = 1_200  # distilling updates of each way
-    every: int = 200  # updates between two measurements
+    every: int = 200  # updates between two measurements; with --online: episodes
     collect: int = 10  # online episodes beside the data
+    online: int = 0  # fine-tune for so many episodes, in three ways, instead
+    flags: tuple[str, ...] = ()  # of the script, over those of the run: --flags utd=4 distill_lr=1e-5
+    ways: tuple[str, ...] = ()  # only the ways whose names hold one of these words
     episodes: int = 50  # episodes of a measurement
     greedy: bool = True  # teach the best candidate, else draws of equation 4.3
     draw: str = ""  # write this picture from tables instead
@@ -46,18 +57,31 @@ class Options:
     csv: tuple[str, ...] = ()  # the tables, one for each seed
 
 
-WAYS = {f"{'with' if a else 'without'} a_data, {'mixed' if m else 'uniform'}": (a, m) for a in (1, 0) for m in (0, 1)}
+FROZEN = {
+    f"{'with' if a else 'without'} a_data, {'mixed' if m else 'uniform'}": dict(distill_data_actions=a, distill_mixed=m)
+    for a in (True, False)
+    for m in (False, True)
+}
+ONLINE = {"both learn": {}, "the critic stands still": dict(utd=0), "the policy stands still": dict(distill_ratio=0)}
 
 
-def load(folder: str, episodes: int):
-    """The run's arguments, environment(s), buffer, cloned policy, critic, and a stand-in for its Run."""
-    path = pathlib.Path(folder)
+def load(options: Options):
+    """The run: arguments, environments, buffer, cloned policy, its average, critic, target, a stand-in for its Run."""
+    folder, path = options.run, pathlib.Path(options.run)
     if not (path / "checkpoint.pt").is_file():
         fail(f"{folder} is not the folder of a run: it has no checkpoint.pt")
     config = json.loads((path / "config.json").read_text())
     known = script.Args.__dataclass_fields__
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-    args = script.Args(**config | {"eval_episodes": episodes})
+    config |= {"eval_episodes": options.episodes}
+    for flag in options.flags:
+        name, _, value = flag.partition("=")
+        try:
+            kind = {bool: {"True": True, "False": False}.__getitem__, int: int, float: float}[type(config[name])]
+            config[name] = kind(value)
+        except (KeyError, ValueError):
+            fail(f"--flags {flag}: write one as utd=4, the name of a flag that is a number, or True or False")
+    args = script.Args(**config)
     device, env, envs, dataset = set_up(args, script.make_env, script.load_dataset)
     state = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
     buffer = script.ReplayBuffer(dataset, args, device)
@@ -70,37 +94,56 @@ def load(folder: str, episodes: int):
     critic.load_state_dict(state["modules"]["critic"])
     average = copy.deepcopy(policy).requires_grad_(False).eval()
     average.load_state_dict(state["modules"]["ema_policy"])
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    target_critic.load_state_dict(state["modules"]["target_critic"])
     run = types.SimpleNamespace(args=args, device=device, check_stop=lambda: None)
-    return args, env, envs, buffer, policy, average, critic, run
+    return args, env, envs, buffer, policy, average, critic, target_critic, run
 
 
-def measure(options: Options) -> list[dict]:
-    args, env, envs, buffer, cloned, cloned_average, critic, run = load(options.run, options.episodes)
+def optimized(policy, critic, args):
+    """pi^opt of a policy and a critic: obs (B, O) -> (B, A)."""
+
+    def act(obs):
+        actions, q = script.optimize(critic, obs, policy.sample(obs, args.num_samples), args)
+        return script.select_actions(actions, q, args.greedy_rollouts)
+
+    return act
+
+
+def sample_statistics(policy, critic, states) -> dict:
+    samples = sample_on_all_cores(policy, states, 32)
+    return {"spread": samples.std(1).mean().item(), "q": FrozenCritic(critic)(states, samples).mean().item()}
+
+
+def keep(rows: list[dict], row: dict) -> None:
+    rows.append(row)
+    print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+def chosen(ways: dict, options: Options) -> dict:
+    found = {w: flags for w, flags in ways.items() if not options.ways or any(part in w for part in options.ways)}
+    return found or fail(f"--ways {' '.join(options.ways)}: none of {list(ways)} holds one of these words")
+
+
+def distil_under_frozen_critic(options: Options) -> list[dict]:
+    args, env, envs, buffer, cloned, cloned_average, critic, _, run = load(options)
     torch.manual_seed(args.seed)
-
-    def acts(policy):
-        def ranked(obs):
-            actions, q = script.optimize(critic, obs, policy.sample(obs, args.num_samples), args)
-            return script.select_actions(actions, q, args.greedy_rollouts)
-
-        return {"alone": lambda obs: policy.sample(obs, 1)[:, 0], "ranked": ranked}
-
     for i in range(options.collect):
-        buffer.add(collect_episode(env, acts(cloned_average)["ranked"], args.seed * 100_003 + 70_000 + i, run)[0])
+        seed = args.seed * 100_003 + 70_000 + i
+        buffer.add(collect_episode(env, optimized(cloned_average, critic, args), seed, run)[0])
     states = buffer.states[torch.randperm(len(buffer.states))[:2_000]]
     rows = []
-    for way, (args.distill_data_actions, args.distill_mixed) in WAYS.items():
+    for way, flags in chosen(FROZEN, options).items():
+        args = dataclasses.replace(args, **flags)
         torch.manual_seed(args.seed)
         policy, average = copy.deepcopy(cloned), copy.deepcopy(cloned_average)
         optimizer = torch.optim.Adam(policy.parameters(), args.distill_lr)
+        acts = {"alone": lambda obs: average.sample(obs, 1)[:, 0], "ranked": optimized(average, critic, args)}  # noqa: B023
         loss = float("nan")
         for done in itertools.count(0, options.every):
-            samples = sample_on_all_cores(average, states, 32)
-            row = {"seed": args.seed, "way": way, "updates": done, "loss": loss, "spread": samples.std(1).mean().item(),
-                   "q": FrozenCritic(critic)(states, samples).mean().item()}  # fmt: skip
-            row |= {name: evaluate(envs, act, run)["success_rate"] for name, act in acts(average).items()}
-            rows.append(row)
-            print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            row = {"seed": args.seed, "way": way, "updates": done, "loss": loss}
+            row |= sample_statistics(average, critic, states)
+            keep(rows, row | {name: evaluate(envs, act, run)["success_rate"] for name, act in acts.items()})
             if done >= options.updates:
                 break
             modules = policy, average, optimizer, critic, buffer
@@ -108,28 +151,86 @@ def measure(options: Options) -> list[dict]:
     return rows
 
 
+def fine_tune(options: Options) -> list[dict]:
+    """Phase 3 of the script from the run's cloned policy and critic, taken apart every few episodes."""
+    rows = []
+    for way, flags in chosen(ONLINE, options).items():
+        args, env, envs, buffer, policy, average, critic, target_critic, run = load(options)
+        args = run.args = dataclasses.replace(args, **flags)
+        torch.manual_seed(args.seed)
+        cloned = copy.deepcopy(average)
+        policy_optimizer = torch.optim.Adam(policy.parameters(), args.distill_lr, fused=True)
+        critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
+        acts = {"alone": lambda obs: average.sample(obs, 1)[:, 0], "ranked": optimized(average, critic, args),  # noqa: B023
+                "cloned": optimized(cloned, critic, args)}  # fmt: skip
+        states = buffer.states[torch.randperm(len(buffer.states))[:2_000]]
+        taken, followed, reached = [], [], []
+        for done in range(options.online + 1):
+            if done % options.every == 0 or done == options.online:
+                row = {"seed": args.seed, "way": way, "episodes": done} | sample_statistics(average, critic, states)
+                for name, tensors in (("q_taken", taken), ("followed", followed)):
+                    row[name] = torch.cat(tensors).mean().item() if tensors else float("nan")
+                row["reached"] = float(np.mean(reached)) if reached else float("nan")
+                taken, followed, reached = [], [], []
+                keep(rows, row | {name: evaluate(envs, act, run)["success_rate"] for name, act in acts.items()})
+            if done == options.online:
+                break
+            episode, success = collect_episode(env, acts["ranked"], args.seed * 100_003 + done, run)
+            first = len(buffer)
+            buffer.add(episode)
+            obs, actions = buffer.states[buffer.obs_index[first:]], buffer.actions[first:, None]
+            taken.append(FrozenCritic(critic)(obs, actions).mean(0)[:, 0])
+            followed.append(buffer.mc_returns[first:])
+            reached.append(success)
+            num_distill, num_critic = round(len(episode) * args.distill_ratio), round(len(episode) * args.utd)
+            if num_distill:
+                script.distill(policy, average, policy_optimizer, critic, buffer, num_distill, options.greedy, args)
+            if num_critic:
+                index = buffer.sample_index((num_critic, args.batch_size))
+                states_ahead = torch.cat([buffer.obs_index[index], buffer.next_index[index]]).unique()
+                script.refresh_candidates(average, buffer, states_ahead)
+                for part in index:
+                    script.critic_update(critic, target_critic, critic_optimizer, buffer, part, args)
+    return rows
+
+
+TITLES = {
+    "ranked": "success, %: optimized policy",
+    "alone": "success, %: policy alone",
+    "cloned": "success, %: cloned policy, optimized by this critic",
+    "spread": "spread of the policy's samples",
+    "gap": "Q of the actions taken, less the return that followed",
+}
+
+
 def draw(options: Options) -> None:
-    """Success alone, success ranked, and spread over the updates: mean of the seeds, and each seed thinly."""
+    """What a table holds over updates or episodes: the mean of the seeds, and each seed thinly."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for name in options.csv for row in csv.DictReader(open(name, newline=""))]
-    titles = {"ranked": "success, %: optimized policy", "alone": "success, %: policy alone", "spread": "its spread"}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    unit = "episodes" if "episodes" in rows[0] else "updates"
+    for row in rows if unit == "episodes" else []:
+        row["gap"] = float(row["q_taken"]) - float(row["followed"])
+    titles = {column: title for column, title in TITLES.items() if column in rows[0]}
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.3 * len(titles), 3.8), layout="constrained")
     for ax, (column, title) in zip(axes, titles.items()):
-        factor = 1 if column == "spread" else 100
-        for i, way in enumerate(WAYS):
+        factor = 100 if title.startswith("success") else 1
+        for i, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
             lines = {}
             for row in rows:
                 if row["way"] == way:
-                    lines.setdefault(row["seed"], []).append((int(row["updates"]), factor * float(row[column])))
+                    lines.setdefault(row["seed"], []).append((int(row[unit]), factor * float(row[column])))
             for line in lines.values():
                 ax.plot(*zip(*line), color=f"C{i}", lw=0.7, alpha=0.4)
             mean = np.mean([[y for _, y in line] for line in lines.values()], 0)
             ax.plot([x for x, _ in line], mean, "o-", ms=3, color=f"C{i}", lw=2, label=f"{way} (n={len(lines)})")
-        ax.set(xlabel="distilling updates", title=title, ylim=(0, 103) if factor == 100 else (0, None))
+        ax.set(xlabel="distilling updates" if unit == "updates" else "online episodes")
+        ax.set_title(title, fontsize=10)
+        if column != "gap":
+            ax.set_ylim(0, 103 if factor == 100 else None)
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.suptitle(options.title, fontsize=11)
@@ -143,7 +244,7 @@ def main() -> None:
         return
     if not options.run:
         fail("name the folder of a run, or --draw a picture of tables (--csv)")
-    rows = measure(options)
+    rows = fine_tune(options) if options.online else distil_under_frozen_critic(options)
     with open(options.out, "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()

@@ -1,4 +1,4 @@
-"""benchmarks/distilling.py: four ways from one start, the critic as it was; tables and pictures; what it refuses."""
+"""benchmarks/distilling.py: the ways from one start, who learns in which; tables and pictures; what it refuses."""
 
 import csv
 
@@ -15,9 +15,23 @@ TOY = (
 ).split()
 
 
-def test_four_ways_from_one_start(tmp_path, monkeypatch):
-    script.main([*TOY, "--runs", str(tmp_path)])
-    (folder,) = tmp_path.iterdir()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    script.main([*TOY, "--runs", str(runs)])
+    return next(runs.iterdir())
+
+
+def draw(rows, path):
+    with open(path / "a.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    distilling.draw(distilling.Options(draw=str(path / "a.png"), csv=(str(path / "a.csv"),)))
+    assert (path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_four_ways_from_one_start(folder, tmp_path, monkeypatch):
     seen, distill = [], script.distill
 
     def watch(policy, average, optimizer, critic, buffer, num_updates, greedy, args):
@@ -29,19 +43,57 @@ def test_four_ways_from_one_start(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(script, "distill", watch)
-    rows = distilling.measure(distilling.Options(run=str(folder), updates=4, every=2, collect=1, episodes=2))
+    options = distilling.Options(run=str(folder), updates=4, every=2, collect=1, episodes=2)
+    rows = distilling.distil_under_frozen_critic(options)
     assert seen == [(a, m, 2, True) for a in (1, 0) for m in (0, 1) for _ in range(2)]
     assert [row["updates"] for row in rows] == [0, 2, 4] * 4 and len({row["way"] for row in rows}) == 4
     starts = [(row["spread"], row["q"]) for row in rows if row["updates"] == 0]
     assert len(set(starts)) <= 4 and all(start[0] > 0 for start in starts)
-    with open(tmp_path / "a.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    distilling.draw(distilling.Options(draw=str(tmp_path / "a.png"), csv=(str(tmp_path / "a.csv"),)))
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    draw(rows, tmp_path)
+
+
+def test_online_ways_are_the_scripts_phase_3(folder, tmp_path, monkeypatch):
+    """Who learns how often, at what rate, from when on; all start alike."""
+    calls, distill, update = [], script.distill, script.critic_update
+
+    def watch_distill(policy, average, optimizer, critic, buffer, num_updates, greedy, args):
+        calls.append(("distill", num_updates, len(buffer) - buffer.num_offline, optimizer.param_groups[0]["lr"]))
+        return distill(policy, average, optimizer, critic, buffer, num_updates, greedy, args)
+
+    def watch_update(critic, target_critic, optimizer, buffer, rows, args):
+        calls.append(("critic", len(rows), len(buffer) - buffer.num_offline, optimizer.param_groups[0]["lr"]))
+        return update(critic, target_critic, optimizer, buffer, rows, args)
+
+    monkeypatch.setattr(script, "distill", watch_distill)
+    monkeypatch.setattr(script, "critic_update", watch_update)
+    flags = "distill_ratio=0.1", "utd=0.05"
+    options = distilling.Options(run=str(folder), online=2, every=1, episodes=2, flags=flags)
+    rows = distilling.fine_tune(options)
+    assert len([call for call in calls if call[0] == "distill"]) == 4  # not where the policy stands still
+    assert [(row["way"], row["episodes"]) for row in rows] == [(way, i) for way in distilling.ONLINE for i in range(3)]
+    first, second = [online for name, _, online, _ in calls if name == "distill"][:2]  # rows of online data by then
+    lengths = first, second - first
+    assert [num for name, num, *_ in calls if name == "distill"][:2] == [round(0.1 * length) for length in lengths]
+    both = calls[: 2 + sum(round(0.05 * length) for length in lengths)]
+    assert [name for name, *_ in both] == [
+        name for length in lengths for name in ["distill"] + ["critic"] * round(0.05 * length)
+    ]
+    assert all(size == 8 for name, size, *_ in calls if name == "critic") and calls[len(both)][0] == "distill"
+    assert {lr for name, *_, lr in calls if name == "critic"} == {script.PRESETS["pointmaze"]["critic_lr"]}
+    assert {lr for name, *_, lr in calls if name == "distill"} == {script.PRESETS["pointmaze"]["distill_lr"]}
+    starts = [{k: row[k] for k in ("spread", "q")} for row in rows if row["episodes"] == 0]
+    assert starts[0] == starts[1] == starts[2]
+    draw(rows, tmp_path)
+
+
+def test_flags_and_ways_that_are_none_are_refused(folder):
+    for flag in ("no_such=1", "utd", "critic_hidden=8"):
+        with pytest.raises(SystemExit, match="--flags"):
+            distilling.fine_tune(distilling.Options(run=str(folder), flags=(flag,)))
+    with pytest.raises(SystemExit, match="none of"):
+        distilling.fine_tune(distilling.Options(run=str(folder), ways=("nobody",)))
 
 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="not the folder of a run"):
-        distilling.measure(distilling.Options(run=str(tmp_path)))
+        distilling.fine_tune(distilling.Options(run=str(tmp_path)))
