@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness.cli import RunArgs, parse_args, run_program
 from benchmarks.harness.datasets import distinct_states, set_up, trajectory_ends
-from benchmarks.harness.fast_critic import FrozenCritic, in_parts, sample_on_all_cores
+from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, in_parts, sample_on_all_cores
 from benchmarks.harness.pictures import finish
 from benchmarks.harness.rollouts import collect_episode
 from benchmarks.harness.runs import Run
@@ -86,6 +86,8 @@ class Args(RunArgs):
     num_gradient_steps: int = 10  # T, gradient steps on each kept action; 0: rank only
     gradient_step_size: float = 3e-4  # alpha of equation 4.2
     keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
+    climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
+    climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
     distill_data_actions: bool = True  # alg. 1's a_data(s) is one more candidate when distilling
     target_data_actions: bool = False  # and in the critic's targets (the release: there never)
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release, max-backup)
@@ -102,8 +104,7 @@ class Args(RunArgs):
 # What a task family changes. Of the defaults the paper (appendix B.1) gives k, m, T, the step and the policy's network,
 # its release the critic and the rates; numbers of updates are our choice (the release: 3,000,000 of cloning).
 PRESETS: dict[str, dict] = {
-    "default": {},
-    "antmaze": dict(critic_hidden=(256, 256, 256, 256)),
+    "default": {}, "antmaze": dict(critic_hidden=(256, 256, 256, 256)),
     "kitchen": dict(critic_hidden=(512, 512, 512), reward_bias=-4.0, reward_min=-4.0, sparse_reward=False,
                     greedy_rollouts=False, sample_backup=True),
     "ogbench": dict(reward_bias=0.0, reward_min=0.0),  # its rewards are minus the number of parts left to do
@@ -116,9 +117,8 @@ PRESETS: dict[str, dict] = {
         cloning_batch_size=256, policy_lr=1e-3, policy_warmup=200, distill_lr=3e-4, ensemble_size=2,
         critic_hidden=(128, 128), critic_lr=1e-3, discount=0.95, target_tau=0.03, num_bins=64, batch_size=64,
         utd=4.0, num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.03),
-    # On top of the family's: what two CPU cores train in 20 to 30 minutes. Actions are drawn from equation 4.3 over all
-    # candidates: on AntMaze the best of eight by a critic of so few updates failed where the cloned policy did not. And
-    # little is distilled online: ten times as much narrowed the policy faster than the critic learned, until it failed.
+    # On top of the family's: what two CPU cores train in 20 to 30 minutes. Actions are drawn (equation 4.3): on AntMaze
+    # the best of eight by a critic of so few updates failed. Ten times as much distilling online made success fall.
     "laptop": dict(
         num_cloning_steps=10_000, num_online_episodes=30, eval_episodes=50, num_online_evals=1, policy_hidden=128,
         policy_blocks=2,
@@ -218,9 +218,7 @@ class DiffusionPolicy(nn.Module):
             epsilon = self.predict_noise((obs_part + time_parts[t])[:, None], actions)
             alpha, alpha_bar, beta = self.alphas[t], self.alpha_bars[t], self.betas[t]
             actions = (actions - (1 - alpha) / (1 - alpha_bar).sqrt() * epsilon) / alpha.sqrt()
-            if t > 0:
-                actions = actions + beta.sqrt() * noise[i + 1]
-            actions = actions.clamp(-1, 1)
+            actions = (actions + beta.sqrt() * noise[i + 1] if t > 0 else actions).clamp(-1, 1)
         return actions
 
 
@@ -339,8 +337,7 @@ def local_optimization(critic, obs, actions, num_steps, step_size, low, high, ke
 
     A rejected step leaves the action where it was, and as its gradient there is the same, all later ones would be
     rejected too: a step costs one forward and one backward pass and nothing is evaluated twice. With
-    keep_best_of_path (release) every step is taken and the best of the num_steps + 1 points is returned, of equal ones
-    the later.
+    keep_best_of_path (release) every step is taken and the best of the T + 1 points is returned, the later of equals.
 
     obs (B, O), actions (B, m, A) in [low, high] -> actions (B, m, A), q (B, m). Needs full float32: a step of 3e-4
     changes Q in the fourth digit, so TF32 or bfloat16 would turn the comparison into noise.
@@ -353,10 +350,9 @@ def local_optimization(critic, obs, actions, num_steps, step_size, low, high, ke
         better = new_q >= best_q if keep_best_of_path else new_q > best_q
         best_actions = torch.where(better[..., None], proposed, best_actions)
         best_q = torch.where(better, new_q, best_q)
-        if keep_best_of_path:
-            actions, gradient = proposed, new_gradient
-        elif step < num_steps - 1:
-            actions, gradient = best_actions, torch.where(better[..., None], new_gradient, gradient)
+        if step < num_steps - 1:
+            taken = (better | keep_best_of_path)[..., None]
+            actions, gradient = torch.where(taken, proposed, actions), torch.where(taken, new_gradient, gradient)
     return best_actions, best_q
 
 
@@ -372,25 +368,30 @@ def q_and_gradient(critic, obs, actions, need_gradient=True):
 
 
 def optimize_actions(critic, obs, actions, num_keep, num_steps, step_size, low=-1.0, high=1.0, data_actions=None,
-                     keep_best_of_path=False, replace_worst=False):  # fmt: skip
+                     keep_best_of_path=False, replace_worst=False, num_climb=0):  # fmt: skip
     """Algorithm 1: rank the candidates, keep the best, climb.
 
     obs (B, O), actions (B, k, A) samples of the policy, data_actions (B, A) or None -> actions (B, m, A), q (B, m), or
     m + 1 with data_actions. These are a_data(s) of line 3: one more candidate, climbed like the others; where there is
     none, NaN, the worst kept one stands twice. With replace_worst (release) it takes the worst one's place.
+    num_climb > 0: only the best is wanted, so at most so many climb, and none that cannot become it (`climb_winners`).
     """
     actions, _ = global_optimization(critic, obs, actions, num_keep)
     if data_actions is not None:
         known = torch.where(data_actions.isnan(), actions[:, -1], data_actions)
         actions = torch.cat([actions[:, :-1] if replace_worst else actions, known[:, None]], 1)
-    return local_optimization(critic, obs, actions, num_steps, step_size, low, high, keep_best_of_path)
+    rest = num_steps, step_size, low, high, keep_best_of_path
+    if num_climb == 0 or num_steps == 0:
+        return local_optimization(critic, obs, actions, *rest)
+    return climb_winners(local_optimization, q_and_gradient, critic, obs, actions, num_climb, *rest)
 
 
-def optimize(critic, obs, actions, args: Args, data_actions=None):
-    """`optimize_actions` with the run's settings and, but for --plain, the same critic made fast."""
-    critic = critic if args.plain else FrozenCritic(critic)
+def optimize(critic, obs, actions, args: Args, best_only: bool, data_actions=None):
+    """`optimize_actions` with the run's settings; but for --plain with the same critic made fast, the same best one."""
+    critic, exact = (critic, 0) if args.plain else (FrozenCritic(critic), 0 if args.climb_all else args.num_keep + 1)
     settings = args.num_keep, args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0
-    part = lambda o, a, d: optimize_actions(critic, o, a, *settings, d, args.keep_best_of_path)  # noqa: E731
+    switches = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
+    part = lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *switches)  # noqa: E731
     return in_parts(part, 4096, obs, actions, data_actions)
 
 
@@ -429,14 +430,14 @@ def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -
     next_index, rewards, masks = buffer.next_index[index], buffer.rewards[index], buffer.masks[index]
     obs, next_obs = buffer.states[buffer.obs_index[index]], buffer.states[next_index]
     data_actions = buffer.action_at[next_index] if args.target_data_actions else None  # the one that came next
-    optimized, q = optimize(critic, next_obs, buffer.candidates[next_index], args, data_actions)
-    next_actions = select_actions(optimized, q, not args.sample_backup)
+    best = not args.sample_backup
+    optimized, q = optimize(critic, next_obs, buffer.candidates[next_index], args, best, data_actions)
+    next_actions = select_actions(optimized, q, best)
     members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
     target_q = td_target(target_critic, rewards, masks, next_obs, next_actions, args.discount, members)
     loss, info = rlpd_loss(critic, obs, buffer.actions[index], target_q, args.hl_gauss_release_width)
     gradient_step(loss, optimizer, critic, target_critic, args.target_tau)
     info["q_optimized"] = q.max(1).values.mean()
-    info["q_std"] = q.std(1, correction=0).mean()  # what appendix B.1 decides by
     return info
 
 
@@ -502,13 +503,13 @@ class ReplayBuffer:
 
 
 def refresh_candidates(policy, buffer, states) -> None:
-    """Appendix E's cache: draw anew the candidates of the states given (index (S,)).
+    """Appendix E's cache: draw anew the candidates of the states given (index of any shape, each state once).
 
     The policy is frozen while the critic trains on a batch of updates, so its candidates at each distinct state are
     drawn once. After the policy changed, only the states that the coming updates will look at are redrawn: nothing
     stale is ever used, and nothing is drawn that is not used. Those of states never refreshed are zeros.
     """
-    for index in states.split(4096):
+    for index in states.unique().split(4096):
         buffer.candidates[index] = sample_on_all_cores(policy, buffer.states[index], buffer.candidates.shape[1])
 
 
@@ -521,15 +522,21 @@ def distill(policy, ema_policy, optimizer, critic, buffer, num_updates, greedy, 
     loss, and of the annotations the mean Q and its standard deviation over the candidates of a state.
     """
     states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size), args.distill_mixed).flatten()]
-    refresh_candidates(sampler or ema_policy, buffer, states.unique())
+    refresh_candidates(sampler or ema_policy, buffer, states)
     data_actions = buffer.action_at[states] if args.distill_data_actions else None
-    optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, data_actions)
+    optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, greedy, data_actions)
     targets = select_actions(optimized, q, greedy).view(num_updates, args.batch_size, -1)
     obs = buffer.states[states].view(num_updates, args.batch_size, -1)
     losses = [policy_update(policy, ema_policy, optimizer, o, a, args.policy_ema) for o, a in zip(obs, targets)]
     metrics = {"distill_loss": torch.stack(losses).mean(), "distill_q": q.amax(1).mean(),
-               "distill_q_std": q.std(1, correction=0).mean()}  # fmt: skip
+               "distill_q_std": q_spread(critic, buffer, states[: args.batch_size], args)}  # fmt: skip
     return targets, metrics
+
+
+def q_spread(critic, buffer, states, args: Args):
+    """Standard deviation of Q over a state's kept candidates, before they climb: mean over the states (index (S,))."""
+    q = global_optimization(critic, buffer.states[states], buffer.candidates[states], args.num_keep)[1]
+    return q.std(1, correction=0).mean()
 
 
 def choose_greedy_distillation(args: Args, q_stds: list[float]) -> bool:
@@ -563,7 +570,7 @@ def main(argv: list[str] | None = None) -> None:
         return ema_policy.sample(obs, 1)[:, 0]
 
     def act_optimized(obs):  # pi^opt of algorithm 1
-        actions, q = optimize(critic, obs, ema_policy.sample(obs, args.num_samples), args)
+        actions, q = optimize(critic, obs, ema_policy.sample(obs, args.num_samples), args, args.greedy_rollouts)
         return select_actions(actions, q, args.greedy_rollouts)
 
     run = Run(args, dataset, buffer, policy=policy, ema_policy=ema_policy, policy_optimizer=policy_optimizer,
@@ -596,11 +603,12 @@ def main(argv: list[str] | None = None) -> None:
             metrics = {"episode_success": success, "episode_length": len(episode)}
             # All updates of the round are one loop: indices and candidates are drawn before it, nothing is read back
             index = buffer.sample_index((num_critic, args.batch_size))
-            refresh_candidates(ema_policy, buffer, buffer.next_index[index].unique())
+            refresh_candidates(ema_policy, buffer, buffer.next_index[index])
             for rows in index:
                 run.check_stop()
                 metrics |= critic_update(critic, target_critic, critic_optimizer, buffer, rows, args)
             if num_critic:
+                metrics["q_std"] = q_spread(critic, buffer, buffer.next_index[rows], args)
                 q_stds.append(metrics["q_std"].item())
             if num_distill:
                 greedy = choose_greedy_distillation(args, q_stds[-10:])  # the first, random critic's tell nothing

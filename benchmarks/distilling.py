@@ -100,11 +100,16 @@ def load(options: Options):
     return args, env, envs, buffer, policy, average, critic, target_critic, run
 
 
+def alone(policy):
+    """A policy as it is: obs (B, O) -> (B, A)."""
+    return lambda obs: policy.sample(obs, 1)[:, 0]
+
+
 def optimized(policy, critic, args):
     """pi^opt of a policy and a critic: obs (B, O) -> (B, A)."""
 
     def act(obs):
-        actions, q = script.optimize(critic, obs, policy.sample(obs, args.num_samples), args)
+        actions, q = script.optimize(critic, obs, policy.sample(obs, args.num_samples), args, args.greedy_rollouts)
         return script.select_actions(actions, q, args.greedy_rollouts)
 
     return act
@@ -138,7 +143,7 @@ def distil_under_frozen_critic(options: Options) -> list[dict]:
         torch.manual_seed(args.seed)
         policy, average = copy.deepcopy(cloned), copy.deepcopy(cloned_average)
         optimizer = torch.optim.Adam(policy.parameters(), args.distill_lr)
-        acts = {"alone": lambda obs: average.sample(obs, 1)[:, 0], "ranked": optimized(average, critic, args)}  # noqa: B023
+        acts = {"alone": alone(average), "ranked": optimized(average, critic, args)}
         loss = float("nan")
         for done in itertools.count(0, options.every):
             row = {"seed": args.seed, "way": way, "updates": done, "loss": loss}
@@ -161,12 +166,14 @@ def fine_tune(options: Options) -> list[dict]:
         cloned = copy.deepcopy(average)
         policy_optimizer = torch.optim.Adam(policy.parameters(), args.distill_lr, fused=True)
         critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
-        acts = {"alone": lambda obs: average.sample(obs, 1)[:, 0], "ranked": optimized(average, critic, args),  # noqa: B023
+        acts = {"alone": alone(average), "ranked": optimized(average, critic, args),
                 "cloned": optimized(cloned, critic, args)}  # fmt: skip
         states = buffer.states[torch.randperm(len(buffer.states))[:2_000]]
         taken, followed, reached = [], [], []
         for done in range(options.online + 1):
-            if done % options.every == 0 or done == options.online:
+            if done == 0 and rows:  # where all ways begin
+                keep(rows, rows[0] | {"way": way})
+            elif done % options.every == 0 or done == options.online:
                 row = {"seed": args.seed, "way": way, "episodes": done} | sample_statistics(average, critic, states)
                 for name, tensors in (("q_taken", taken), ("followed", followed)):
                     row[name] = torch.cat(tensors).mean().item() if tensors else float("nan")

@@ -259,7 +259,9 @@ def online_round(script, net, args, num_distill: int, num_critic: int) -> None:
 
 def act(script, net, args, obs) -> torch.Tensor:
     """What main() does at each environment step: obs (1, O) -> (1, A)."""
-    actions, q = script.optimize(net.critic, obs, net.ema_policy.sample(obs, args.num_samples), args)
+    actions, q = script.optimize(
+        net.critic, obs, net.ema_policy.sample(obs, args.num_samples), args, args.greedy_rollouts
+    )
     return script.select_actions(actions, q, args.greedy_rollouts)
 
 

@@ -40,8 +40,6 @@ WRAPPED = (
     "td_target", "calql_loss", "rlpd_loss", "iql_loss",
 )  # fmt: skip
 scripts = pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
-# With so small a batch all offline updates together look at fewer states than there are: Cal-QL then caches none.
-caching = pytest.mark.parametrize("flags", [(), ("--batch-size", "1")], ids=["cached once", "update by update"])
 
 
 def data_action(obs):
@@ -130,7 +128,7 @@ class Notes:
         return {"fresh": not optimizer.state, "rows": index, "is_online": is_online} | drawn
 
     def before_refresh_candidates(self, policy, buffer, states, **__):
-        self.drawn_at |= dict.fromkeys(states.tolist(), self.policy_updates)
+        self.drawn_at |= dict.fromkeys(states.flatten().tolist(), self.policy_updates)
         return {"weights": weights(policy), "now": weights(self.ema_policy)}
 
     def before_sample(self, policy, obs, num_samples, *_, **__):
@@ -205,10 +203,9 @@ def test_the_critics_support_ends_at_the_smallest_value_there_can_be(played, scr
 
 
 @scripts
-@caching
-def test_only_the_averaged_policy_is_sampled_and_without_dropout(played, script, flags):
+def test_only_the_averaged_policy_is_sampled_and_without_dropout(played, script):
     """Acting, caching and distilling; IQL's offline distilling samples a copy of it. And it is what is averaged."""
-    notes = played(script, *flags)
+    notes = played(script)
     samples = notes.of("sample")
     assert samples and not any(note["training"] for note in samples)
     assert notes.policy.training
@@ -271,10 +268,9 @@ def test_the_cloned_policy_acts_with_one_sample_and_the_optimized_with_all(playe
 
 # --- phases 2 and 3: the critic ---
 @scripts
-@caching
-def test_critic_updates_use_the_present_policys_candidates(played, script, flags):
-    """Offline, where they are drawn once or update by update, and online, after each distilling; IQL uses none."""
-    notes = played(script, *flags)
+def test_critic_updates_use_the_present_policys_candidates(played, script):
+    """Offline, where they are drawn once, and online, after each distilling; IQL uses none."""
+    notes = played(script)
     if script is IQL:
         assert not notes.of("optimize", inside="critic_update")
         return
@@ -479,7 +475,7 @@ def test_the_datas_own_action_is_a_candidate_where_it_should_be(played, script, 
     given = {"distill": flags != ("--no-distill-data-actions",), "critic_update": flags == ("--target-data-actions",)}
     for note in notes.of("optimize"):
         where = next((name for name in given if name in note["inside"]), None)
-        data_actions = (*note["args"], None)[4]
+        data_actions = (*note["args"], None)[5]
         assert (data_actions is not None) == given.get(where, False)
         if data_actions is not None:
             obs = note["args"][1]
@@ -487,6 +483,24 @@ def test_the_datas_own_action_is_a_candidate_where_it_should_be(played, script, 
             torch.testing.assert_close(data_actions, notes.buffer.action_at[index], equal_nan=True)
             assert note["result"][0].shape[1] == 3 + 1  # beside the three kept, in nobody's place
     assert notes.of("optimize", inside="distill")
+
+
+@scripts
+@pytest.mark.parametrize("flags", [DRAWN_ACTING, [*DRAWN_DISTILLING, "--sample-backup"]], ids=["acting", "learning"])
+def test_all_candidates_climb_where_one_is_drawn(played, script, flags):
+    """Only where nothing but the best is looked at may the others stay as they are."""
+    if script is IQL:
+        flags = [flag for flag in flags if flag != "--sample-backup"]
+    notes = played(script, *flags)
+    drawn = {
+        "collect_episode": flags == DRAWN_ACTING,
+        "distill": flags != DRAWN_ACTING,
+        "critic_update": flags != DRAWN_ACTING,
+    }
+    for note in notes.of("optimize"):
+        where = next((name for name in drawn if name in note["inside"]), "collect_episode")  # or an evaluation
+        assert note["args"][4] == (not drawn[where])
+    assert notes.of("optimize", inside="distill") and notes.of("optimize", inside="collect_episode")
 
 
 @pytest.mark.parametrize("script", [CALQL, TRANSFORMER, RLPD], ids=lambda script: script.__name__)

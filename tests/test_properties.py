@@ -385,11 +385,11 @@ def test_optimize_is_the_same_with_the_plain_critic(num_bins, layer_norm, shared
     data_actions[::3] = torch.nan
     settings = dict(num_samples=8, num_keep=4, num_gradient_steps=5, gradient_step_size=0.05)
     args = make_args(**settings, keep_best_of_path=keep_best_of_path)
-    fast_actions, fast_q = script.optimize(critic, obs, actions, args, data_actions)
+    fast_actions, fast_q = script.optimize(critic, obs, actions, args, False, data_actions)
     with monkeypatch.context() as patch:
         patch.setattr(script, "FrozenCritic", Forbidden)
         plain_actions, plain_q = script.optimize(
-            critic, obs, actions, dataclasses.replace(args, plain=True), data_actions
+            critic, obs, actions, dataclasses.replace(args, plain=True), False, data_actions
         )
     torch.testing.assert_close(fast_q, plain_q, rtol=1e-5, atol=1e-5 * plain_q.abs().max().item())
     # a step that changes Q by less than rounding may be taken by the one and not by the other
