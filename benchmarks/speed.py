@@ -13,8 +13,10 @@ doing work that it could leave out. Every case is a process of its own: its peak
 update, imports included, are those of that case alone.
 
 A script can be measured if it has the functions and classes in NEEDED, with the arguments of the four scripts: a
-diffusion or a transformer policy, and the critic of Cal-QL, IQL or RLPD. The transformer's candidates are drawn once
-more in the naive way, without its cache of keys and values and with the observation repeated for every sample.
+diffusion or a transformer policy, and the critic of Cal-QL, IQL or RLPD. Of each: cloning, drawing candidates, critic
+update, distilling, a whole round online (all but its episode), and acting, on one state and on as many as an
+evaluation has at a time. The transformer's candidates are drawn once more in the naive way, without its cache of keys
+and values and with the observation repeated for every sample.
 """
 
 import time
@@ -22,8 +24,10 @@ import time
 START = time.perf_counter()  # before the imports: they are part of the time to the first update
 
 import copy  # noqa: E402
+import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import importlib  # noqa: E402
+import inspect  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import pathlib  # noqa: E402
@@ -33,6 +37,7 @@ import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
@@ -93,26 +98,34 @@ def critic_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int]:
     return 2 * obs_dim * hidden[0], 2 * action_dim * hidden[0], 2 * rest
 
 
-def optimize_flops(args, obs_dim: int, action_dim: int, states: int) -> int:
+def optimize_flops(args, obs_dim: int, action_dim: int, states: int, data_action=False, climbed=None) -> float:
     """Algorithm 1 on so many states: rank k samples, then T gradient steps on the m kept, all members.
 
-    A kept action takes T + 1 forward passes and, as the last point needs no gradient, T backward passes with respect to
-    the action, each of as many multiply-adds as a forward pass.
+    An action's gradient takes as many multiply-adds as a forward pass. The gradients at the start build on the forward
+    passes of the ranking; from there each gradient step takes a forward pass and, but for the last, a backward pass.
+
+    data_action: one more candidate, which needs no rank but its value. climbed: the candidates of a state that a
+    gradient step moves, a mean over states and steps, where those that cannot win are left out after their first
+    gradient; None: all that are kept.
     """
     obs, action, rest = critic_layers(args, obs_dim, action_dim)
-    steps = args.num_gradient_steps
-    passes = args.num_samples + args.num_keep * (2 * steps + 1 if steps else 0)
+    steps, kept = args.num_gradient_steps, args.num_keep + data_action
+    passes = args.num_samples + data_action
+    if steps:
+        passes += kept + (2 * steps - 1) * (kept if climbed is None else climbed)
     return states * args.ensemble_size * (obs + passes * (action + rest))
 
 
-def critic_update_flops(args, obs_dim: int, action_dim: int) -> int:
+def critic_update_flops(args, obs_dim: int, action_dim: int, climbed=None) -> float:
     """One critic update, of Cal-QL: optimize at s and s', value at s', loss and its gradient for the parameters.
 
     A backward pass is two forward passes (inputs and weights), in the first layer one (weights alone). The
     observation's part of the first layer at s was evaluated when optimizing: its weights' gradient is left.
+    climbed: as in `optimize_flops`, for targets that take the best action; one that is drawn needs all of them climbed.
 
-    AntMaze comes to 0.586 TFLOP. Of that 0.498 are the gradient steps, 0.076 the ranking, 0.012 the loss. A count of
-    0.62 is had by sending the penalty's actions through all ten members; it needs only the two drawn for it.
+    AntMaze comes to 0.562 TFLOP. Of that 0.474 are the gradient steps, 0.076 the ranking, 0.012 the loss. A count of
+    0.62 is had by evaluating the kept actions once more after their ranking, and by sending the penalty's actions
+    through all ten members; it needs only the two drawn for it.
     """
     obs, action, rest = critic_layers(args, obs_dim, action_dim)
     B, E = args.batch_size, args.ensemble_size
@@ -120,13 +133,13 @@ def critic_update_flops(args, obs_dim: int, action_dim: int) -> int:
         v_rest = rest - 2 * args.critic_hidden[-1] * ((args.num_bins if args.critic_loss == "hl_gauss" else 1) - 1)
         targets = E * (obs + action + rest) + obs + v_rest
         return B * (targets + E * (2 * obs + 2 * action + 3 * rest) + 2 * obs + 3 * v_rest)
-    subset = args.target_subset
+    subset, how = args.target_subset, (args.target_data_actions, None if args.sample_backup else climbed)
     target = B * subset * (obs + action + rest)
     if not hasattr(args, "cql_actions"):  # RLPD: optimize at s' only, no penalty
-        return optimize_flops(args, obs_dim, action_dim, B) + target + B * E * (2 * obs + 2 * action + 3 * rest)
+        return optimize_flops(args, obs_dim, action_dim, B, *how) + target + B * E * (2 * obs + 2 * action + 3 * rest)
     data = B * E * (obs + 2 * action + 3 * rest)
     penalty = B * subset * (args.cql_actions + 2) * (2 * action + 3 * rest)  # random ones, and one each from s and s'
-    return optimize_flops(args, obs_dim, action_dim, 2 * B) + target + data + penalty
+    return optimize_flops(args, obs_dim, action_dim, 2 * B, *how) + target + data + penalty
 
 
 def is_transformer(args) -> bool:
@@ -172,17 +185,38 @@ def policy_update_flops(args, obs_dim: int, action_dim: int, batch: int) -> int:
     return 3 * min(args.diffusion_steps, batch) * time_part + batch * (2 * obs + 2 * action + 3 * rest)
 
 
-def online_flops(args, obs_dim: int, action_dim: int, num_distill: int, num_critic: int, num_states: int) -> int:
-    """Distilling and critic updates of one round, each after drawing candidates at the distinct ones of its states."""
+def acting_flops(args, obs_dim: int, action_dim: int, states: int, climbed=None) -> float:
+    """One decision at each of so many states; climbed as in `optimize_flops`, where the best action is taken."""
+    sampling = sampling_flops(args, obs_dim, action_dim, states, args.num_samples)
+    climbed = climbed if args.greedy_rollouts else None
+    return sampling + optimize_flops(args, obs_dim, action_dim, states, climbed=climbed)
+
+
+def distill_flops(args, obs_dim: int, action_dim: int, updates: int, num_states: int, climbed=None) -> float:
+    """Distilling updates, after drawing candidates at the distinct ones of their states, of which there are num_states.
+
+    climbed: as in `optimize_flops`, where the best action is taught.
+    """
+    drawn, climbed = updates * args.batch_size, climbed if args.greedy_rollouts else None
+    sampling = sampling_flops(args, obs_dim, action_dim, distinct(drawn, num_states), args.num_samples)
+    optimizing = optimize_flops(args, obs_dim, action_dim, drawn, args.distill_data_actions, climbed)
+    return sampling + optimizing + updates * policy_update_flops(args, obs_dim, action_dim, args.batch_size)
+
+
+def online_flops(args, obs_dim: int, action_dim: int, steps: int, num_states: int, climbed=None) -> float:
+    """A round online of so many environment steps: distilling, candidates for the critic's states, critic updates."""
+    num_distill, num_critic = updates_of_round(args, steps)
     # Cal-QL looks at s and s', RLPD at s' alone, IQL at no candidates
     looks = 0 if hasattr(args, "expectile") else 2 if hasattr(args, "cql_actions") else 1
-    states = distinct(num_distill * args.batch_size, num_states)
-    states += distinct(looks * num_critic * args.batch_size, num_states)
-    distilling = optimize_flops(args, obs_dim, action_dim, args.batch_size)
-    distilling += policy_update_flops(args, obs_dim, action_dim, args.batch_size)
-    critic = critic_update_flops(args, obs_dim, action_dim)
+    states = distinct(looks * num_critic * args.batch_size, num_states)
     sampling = sampling_flops(args, obs_dim, action_dim, states, args.num_samples)
-    return sampling + num_distill * distilling + num_critic * critic
+    critic = num_critic * critic_update_flops(args, obs_dim, action_dim, climbed)
+    return sampling + critic + distill_flops(args, obs_dim, action_dim, num_distill, num_states, climbed)
+
+
+def updates_of_round(args, steps: int) -> tuple[int, int]:
+    """Distilling and critic updates after so many environment steps, at least one of each."""
+    return max(1, round(steps * args.distill_ratio)), max(1, round(steps * args.utd))
 
 
 def distinct(draws: int, population: int) -> int:
@@ -243,11 +277,16 @@ def clone_step(script, net, args, batch: int) -> None:
     script.policy_update(net.policy, net.ema_policy, net.policy_optimizer, obs, actions, args.policy_ema)
 
 
-def online_round(script, net, args, num_distill: int, num_critic: int) -> None:
-    """What main() does after an episode: distill, refresh the states of the coming critic updates, and update."""
-    buffer = net.buffer
+def distill_round(script, net, args, updates: int) -> None:
+    """Distilling updates as in an online round: candidates drawn anew, annotated, cloned."""
     networks = net.policy, net.ema_policy, net.policy_optimizer, net.critic
-    script.distill(*networks, buffer, num_distill, args.greedy_rollouts, args)
+    script.distill(*networks, net.buffer, updates, args.greedy_rollouts, args)
+
+
+def online_round(script, net, args, steps: int) -> None:
+    """What main() does after an episode: distill, refresh the states of the coming critic updates, and update."""
+    buffer, (num_distill, num_critic) = net.buffer, updates_of_round(args, steps)
+    distill_round(script, net, args, num_distill)
     index = buffer.sample_index((num_critic, args.batch_size))
     if not net.values:
         seen = [buffer.obs_index[index]] if hasattr(args, "cql_actions") else []
@@ -258,10 +297,13 @@ def online_round(script, net, args, num_distill: int, num_critic: int) -> None:
 
 
 def act(script, net, args, obs) -> torch.Tensor:
-    """What main() does at each environment step: obs (1, O) -> (1, A)."""
-    actions, q = script.optimize(
-        net.critic, obs, net.ema_policy.sample(obs, args.num_samples), args, args.greedy_rollouts
-    )
+    """What main() does at each environment step, and an evaluation at each step of its environments: (B, O) -> (B, A).
+
+    Where a script's `optimize` can leave out candidates that cannot win, it may do so for actions that are not drawn.
+    """
+    can_leave_out = "best_only" in inspect.signature(script.optimize).parameters
+    how = {"best_only": args.greedy_rollouts} if can_leave_out else {}
+    actions, q = script.optimize(net.critic, obs, net.ema_policy.sample(obs, args.num_samples), args, **how)
     return script.select_actions(actions, q, args.greedy_rollouts)
 
 
@@ -280,30 +322,59 @@ def naive_sample(policy, obs, num_samples: int) -> torch.Tensor:
     return policy.centers[tokens]
 
 
-def phases(script, net, args, sizes: tuple[int, int], cloning: tuple[int, ...], steps: int):
-    """Yields (name, what is counted, how many of it a call does, floating-point operations of a call, the call).
+@dataclass
+class Phase:
+    """One line of the table."""
 
-    sizes: numbers in an observation and in an action; cloning: batch sizes; steps: environment steps of a round online.
+    name: str
+    unit: str  # what is counted
+    count: int  # how many of it a call does
+    flops: Callable[[], float]  # floating-point operations that a call needs
+    call: Callable[[], object]
+
+
+def phases(script, net, args, case: dict, steps: int, climbed=None) -> list[Phase]:
+    """What is measured of a script, in the order of the table.
+
+    steps: environment steps of a round online, and updates of a call of distilling; climbed: as in `optimize_flops`,
+    the mean where only the best action is wanted.
     """
-    for batch in cloning:
-        yield (f"cloning, batch {batch}", "update", 1, policy_update_flops(args, *sizes, batch),
-               lambda batch=batch: clone_step(script, net, args, batch))  # fmt: skip
-    cached = torch.arange(256 if net.buffer.states.device.type == "cpu" else 4096, device=net.buffer.states.device)
-    yield ("caching", "state", len(cached), sampling_flops(args, *sizes, len(cached), args.num_samples),
-           lambda: script.refresh_candidates(net.ema_policy, net.buffer, cached))  # fmt: skip
-    if is_transformer(args):
-        few = net.buffer.states[: len(cached) // 4]
-        yield ("caching, naively", "state", len(few), sampling_flops(args, *sizes, len(few), args.num_samples),
-               lambda: naive_sample(net.ema_policy, few, args.num_samples))  # fmt: skip
-    name = "offline critic update" if hasattr(args, "num_offline_steps") else "critic update"
-    yield (name, "update", 1, critic_update_flops(args, *sizes),
-           lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0]))  # fmt: skip
-    num_distill, num_critic = max(1, round(steps * args.distill_ratio)), max(1, round(steps * args.utd))
-    yield ("online: distill + critic", "env step", steps,
-           online_flops(args, *sizes, num_distill, num_critic, len(net.buffer.states)),
-           lambda: online_round(script, net, args, num_distill, num_critic))  # fmt: skip
-    decision = sampling_flops(args, *sizes, 1, args.num_samples) + optimize_flops(args, *sizes, 1)
-    yield "online: acting", "decision", 1, decision, lambda: act(script, net, args, net.buffer.states[:1])
+    sizes, states = (case["obs_dim"], case["action_dim"]), net.buffer.states
+    cached = torch.arange(256 if states.device.type == "cpu" else 4096, device=states.device)
+    few, at_once = states[: len(cached) // 4], evaluated_at_once(args)
+    critic = "offline critic update" if hasattr(args, "num_offline_steps") else "critic update"
+    cloning = [
+        Phase(f"cloning, batch {batch}", "update", 1, lambda batch=batch: policy_update_flops(args, *sizes, batch),
+              lambda batch=batch: clone_step(script, net, args, batch))
+        for batch in case["cloning"] or (args.cloning_batch_size,)
+    ]  # fmt: skip
+    naively = [
+        Phase("caching, naively", "state", len(few), lambda: sampling_flops(args, *sizes, len(few), args.num_samples),
+              lambda: naive_sample(net.ema_policy, few, args.num_samples))
+    ]  # fmt: skip
+    return [
+        *cloning,
+        Phase("caching", "state", len(cached), lambda: sampling_flops(args, *sizes, len(cached), args.num_samples),
+              lambda: script.refresh_candidates(net.ema_policy, net.buffer, cached)),
+        *(naively if is_transformer(args) else []),
+        Phase(critic, "update", 1, lambda: critic_update_flops(args, *sizes, climbed),
+              lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0])),
+        Phase("distilling", "update", steps, lambda: distill_flops(args, *sizes, steps, len(states), climbed),
+              lambda: distill_round(script, net, args, steps)),
+        Phase("online: distill + critic", "env step", steps,
+              lambda: online_flops(args, *sizes, steps, len(states), climbed),
+              lambda: online_round(script, net, args, steps)),
+        Phase("online: acting", "decision", 1, lambda: acting_flops(args, *sizes, 1, climbed),
+              lambda: act(script, net, args, states[:1])),
+        Phase(f"evaluation: acting, {at_once}", "decision", at_once,
+              lambda: acting_flops(args, *sizes, at_once, climbed),
+              lambda: act(script, net, args, states[:at_once])),
+    ]  # fmt: skip
+
+
+def evaluated_at_once(args) -> int:
+    """Environments that an evaluation steps at a time, as the harness makes them: all, or two for each core."""
+    return min(args.eval_episodes, 2 * cores()) if args.eval_processes else args.eval_episodes
 
 
 # --- MEASURING ---
@@ -350,37 +421,45 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def arguments(script, case: dict, device):
+    """The script's Args of a case; what it has no flag for is left out."""
+    if case["preset"] not in script.PRESETS:
+        fail(f"{script.__name__} has no preset {case['preset']!r}; it has {', '.join(script.PRESETS)}")
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    fields = {name: value for name, value in case["fields"].items() if name in known}
+    return script.Args(**script.PRESETS[case["preset"]] | fields | {"preset": case["preset"], "device": str(device)})
+
+
+def steps_of_round(args, case: dict, seconds: float, peak: float) -> int:
+    """Environment steps of a round online: 8 where three such rounds take, at the peak rate, no longer than asked for,
+    else 1. An episode has more, but with more its updates would share states of the random data, as they seldom do in a
+    real one's."""
+    flops = online_flops(args, case["obs_dim"], case["action_dim"], 8, ROWS + ROWS // EPISODE)
+    return 8 if 3 * flops / 1e9 / peak < seconds else 1
+
+
 def measure(options: Options, case: dict, device) -> dict:
     """All phases of one case."""
     script = load_script(options.script)
-    if case["preset"] not in script.PRESETS:
-        fail(f"{options.script} has no preset {case['preset']!r}; it has {', '.join(script.PRESETS)}")
-    fields = script.PRESETS[case["preset"]] | case["fields"] | {"preset": case["preset"], "device": str(device)}
-    args = script.Args(**fields)
-    sizes = case["obs_dim"], case["action_dim"]
+    args = arguments(script, case, device)
     torch.manual_seed(0)
-    net = build(script, args, *sizes, device)
+    net = build(script, args, case["obs_dim"], case["action_dim"], device)
     timed(lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0]), device)
     result = {"first_update_seconds": time.perf_counter() - START, "peak_memory_gb": peak_memory(device), "phases": []}
 
-    cloning = case["cloning"] or (args.cloning_batch_size,)
     result["load_before"] = os.getloadavg()[0]
     peaks = [peak_gflops(min(0.5, options.seconds), device)]
-    # Environment steps of an online round: 8 if that takes no longer than asked for. An episode has more, but with more
-    # its updates would share states of the random data, as they seldom do in a real one's.
-    utd = max(1, round(8 * args.utd))
-    round_of_8 = online_flops(args, *sizes, 8, utd, len(net.buffer.states)) / 1e9 / peaks[0]
-    steps = 8 if 3 * round_of_8 < options.seconds else 1
-    for name, unit, count, flops, call in phases(script, net, args, sizes, cloning, steps):
+    for phase in phases(script, net, args, case, steps_of_round(args, case, options.seconds, peaks[0])):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         wall, cpu = time.perf_counter(), time.process_time()
-        times = [seconds / count for seconds in repeat(call, options.seconds, device)]
+        times = [seconds / phase.count for seconds in repeat(phase.call, options.seconds, device)]
         cpu_use = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
         result["peak_memory_gb"] = max(result["peak_memory_gb"], peak_memory(device))
         peaks.append(peak_gflops(min(0.5, options.seconds), device))
-        result["phases"].append({"phase": name, "unit": unit, "seconds": statistics.median(times),
-                                 "gflop": flops / count / 1e9, "cpu_use": cpu_use, "repetitions": times})  # fmt: skip
+        result["phases"].append({"phase": phase.name, "unit": phase.unit, "seconds": statistics.median(times),
+                                 "gflop": phase.flops() / phase.count / 1e9, "cpu_use": cpu_use,
+                                 "repetitions": times})  # fmt: skip
     peak = statistics.median(peaks)
     for phase in result["phases"]:
         phase["share_of_peak"] = phase["gflop"] / phase["seconds"] / peak

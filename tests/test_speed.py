@@ -48,12 +48,38 @@ def make_batch(B, n):
 def test_critic_update_by_hand():
     """Multiply-adds of one member: 80 observation, 48 + 16 * 24 + 24 * 12 = 48 + 672 action."""
     assert speed.critic_layers(TINY, OBS, ACT) == (160, 96, 1344)
-    optimize = 8 * 3 * (160 + (6 + 2 * 7) * 1440)  # 8 states, 3 members; 6 ranked, 2 kept with 4 passes forward, 3 back
+    optimize = 8 * 3 * (160 + (6 + 2 * 6) * 1440)  # 8 states, 3 members; 6 ranked, 2 kept with 3 passes forward, 3 back
     assert speed.optimize_flops(TINY, OBS, ACT, 8) == optimize
     target = 4 * 2 * 1600
     data = 4 * 3 * (160 + 192 + 4032)
     penalty = 4 * 2 * 4 * (192 + 4032)
     assert speed.critic_update_flops(TINY, OBS, ACT) == optimize + target + data + penalty
+
+
+def test_candidates_that_are_climbed_by_hand():
+    """A data action is one more to evaluate and to climb; those that cannot win cost their first gradient alone."""
+    one = 3 * 1440  # a pass of all members
+    with_data = speed.optimize_flops(TINY, OBS, ACT, 1, data_action=True)
+    assert with_data == 3 * 160 + (6 + 1 + 3 * 6) * one
+    assert speed.optimize_flops(TINY, OBS, ACT, 1, True, climbed=3) == with_data
+    assert speed.optimize_flops(TINY, OBS, ACT, 1, climbed=1.5) == 3 * 160 + (6 + 2 + 1.5 * 5) * one
+    only_rank = dataclasses.replace(TINY, num_gradient_steps=0)
+    assert speed.optimize_flops(only_rank, OBS, ACT, 1, climbed=1.5) == 3 * 160 + 6 * one
+
+
+def test_only_what_takes_the_best_action_climbs_fewer():
+    saved = 5 * 3 * 1440  # of 2 candidates 1 is climbed: 3 passes forward and 2 back less at a state
+    drawn = dataclasses.replace(TINY, sample_backup=True, greedy_rollouts=False)
+    for count, states in (
+        (lambda args, climbed: speed.critic_update_flops(args, OBS, ACT, climbed), 8),
+        (lambda args, climbed: speed.acting_flops(args, OBS, ACT, 3, climbed), 3),
+    ):
+        assert count(TINY, None) - count(TINY, 1) == states * saved
+        assert count(drawn, None) == count(drawn, 1) == count(TINY, None)
+    distilling = [speed.distill_flops(TINY, OBS, ACT, 2, 100, climbed) for climbed in (None, 3, 2)]
+    assert distilling[0] == distilling[1] == distilling[2] + 2 * 4 * saved  # 3 with the data's action
+    rounds = [speed.online_flops(TINY, OBS, ACT, 2, 100, climbed) for climbed in (None, 1)]
+    assert rounds[0] - rounds[1] == 2 * 8 * saved + 2 * 4 * 2 * saved
 
 
 def test_ranking_is_what_pytorch_counts():
@@ -64,14 +90,16 @@ def test_ranking_is_what_pytorch_counts():
 
 
 def test_gradient_steps_are_what_pytorch_counts():
-    """Less the observation's part of the first layer, which the script evaluates with every pass."""
+    """Less what is done twice: the kept actions' values, which the ranking had, and in every pass the observation's part
+    of the first layer."""
     critic, (obs, actions) = make_critic(TINY).requires_grad_(False), make_batch(7, TINY.num_keep)
     only_rank = dataclasses.replace(TINY, num_gradient_steps=0)
     needed = speed.optimize_flops(TINY, OBS, ACT, 7) - speed.optimize_flops(only_rank, OBS, ACT, 7)
     # `.forward`: the counter's hooks on a module's call do not work under autograd.grad
     seen = counted(lambda: script.local_optimization(critic.forward, obs, actions, 3, 3e-4, -1.0, 1.0))
-    obs_part = 7 * 3 * speed.critic_layers(TINY, OBS, ACT)[0]
-    assert needed <= seen <= needed + 4 * obs_part
+    obs_part, action_part, rest = (7 * 3 * part for part in speed.critic_layers(TINY, OBS, ACT))
+    again = TINY.num_keep * (action_part + rest)
+    assert needed + again <= seen <= needed + again + 4 * obs_part
 
 
 def test_critic_loss_is_what_pytorch_counts():
@@ -120,13 +148,16 @@ def test_transformer_is_what_pytorch_counts():
 
 @pytest.mark.parametrize("other", [parl_diffusion_iql, parl_diffusion_rlpd], ids=lambda module: module.__name__)
 def test_other_critic_updates_are_what_pytorch_counts(other):
-    """One whole `critic_update`, less what is done again: the observation's part of the first layer in each pass."""
+    """One whole `critic_update`, less what is done again: the kept actions' values, and in each pass the observation's
+    part of the first layer."""
     sizes = dict(ensemble_size=3, critic_hidden=(16, 24), num_bins=12, batch_size=4, num_samples=6, num_keep=2)
     args = other.Args(**sizes, num_gradient_steps=3)
     net = speed.build(other, args, OBS, ACT, torch.device("cpu"))
+    assert len(net.buffer.states) == speed.ROWS + speed.ROWS // speed.EPISODE
     rows = torch.arange(4) * 7
     needed = speed.critic_update_flops(args, OBS, ACT)
-    again = 4 * 4 * 3 * speed.critic_layers(args, OBS, ACT)[0] if other is parl_diffusion_rlpd else 0
+    obs_part, action_part, rest = (4 * 3 * part for part in speed.critic_layers(args, OBS, ACT))
+    again = 4 * obs_part + 2 * (action_part + rest) if other is parl_diffusion_rlpd else 0
     seen = counted(lambda: speed.critic_step(other, net, args, rows))
     assert needed + again <= seen <= 1.01 * needed + again
 
@@ -134,9 +165,15 @@ def test_other_critic_updates_are_what_pytorch_counts(other):
 def test_antmaze_count():
     case = speed.CASES["antmaze"]
     args = script.Args(**script.PRESETS["antmaze"] | case["fields"])
-    assert speed.critic_update_flops(args, 29, 8) == pytest.approx(0.586e12, rel=1e-3)
+    needed = speed.critic_update_flops(args, 29, 8)
+    assert needed == pytest.approx(0.562e12, rel=1e-3)
+    ranking = speed.optimize_flops(dataclasses.replace(args, num_gradient_steps=0), 29, 8, 512)
+    steps = speed.optimize_flops(args, 29, 8, 512) - ranking
+    loss = needed - ranking - steps
+    assert [round(part / 1e12, 3) for part in (steps, ranking, loss)] == [0.474, 0.076, 0.012]
     all_members = dataclasses.replace(args, target_subset=10)  # the penalty's actions, and the target, through all ten
-    assert speed.critic_update_flops(all_members, 29, 8) == pytest.approx(0.62e12, rel=5e-3)
+    again = 512 * 10 * 10 * sum(speed.critic_layers(args, 29, 8)[1:])  # the kept actions' values
+    assert speed.critic_update_flops(all_members, 29, 8) + again == pytest.approx(0.62e12, rel=5e-3)
 
 
 def test_distinct():
@@ -171,7 +208,8 @@ def test_command_line(name, more, tmp_path, monkeypatch, capsys):
         output = capsys.readouterr().out
     (result,) = json.loads(file.read_text())
     names = [phase["phase"] for phase in result["phases"]]
-    assert names == ["cloning, batch 256", "caching", *more, "online: distill + critic", "online: acting"]
+    later = ["distilling", "online: distill + critic", "online: acting", "evaluation: acting, 50"]
+    assert names == ["cloning, batch 256", "caching", *more, *later]
     assert ("times_naive" in result["phases"][1]) == ("transformer" in name)
     for phase in result["phases"]:
         assert phase["phase"] in output
