@@ -4,6 +4,7 @@
     python benchmarks/speed.py --case all --seconds 30 --json speed.json
     python benchmarks/speed.py --script parl_transformer_calql --case antmaze
     python benchmarks/speed.py --preset kitchen --obs-dim 59 --action-dim 9 --device cuda
+    python benchmarks/speed.py --profile "critic update"                 # what that phase spends its time on
 
 The peak is measured in the same run, between the phases: the best rate of square float32 `torch.mm`s, since a shared
 machine's peak changes by the minute. Where "cpu use" (CPU time over time and threads) is far below 1 on a CPU,
@@ -85,6 +86,8 @@ class Options:
     device: str = "auto"  # auto: the GPU if there is one
     threads: int = 0  # CPU threads, 0: all cores this process may use
     seconds: float = 10.0  # measuring time of each phase; at least three repetitions are made whatever they take
+    phase: str = ""  # only the phases that have this in their names
+    profile: str = ""  # instead of the table: where the time goes in the phases that have this in their names
     json: str = ""  # write the measurements to this file as well
 
 
@@ -449,7 +452,8 @@ def measure(options: Options, case: dict, device) -> dict:
 
     result["load_before"] = os.getloadavg()[0]
     peaks = [peak_gflops(min(0.5, options.seconds), device)]
-    for phase in phases(script, net, args, case, steps_of_round(args, case, options.seconds, peaks[0])):
+    chosen = phases(script, net, args, case, steps_of_round(args, case, options.seconds, peaks[0]))
+    for phase in named(options.phase, chosen):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -467,9 +471,45 @@ def measure(options: Options, case: dict, device) -> dict:
             release = case["release"][phase["phase"]] * RELEASE_GFLOPS
             phase["times_the_release"] = release / (phase["seconds"] * peak)
     by_name = {phase["phase"]: phase for phase in result["phases"]}
-    if "caching, naively" in by_name:
+    if {"caching", "caching, naively"} <= set(by_name):
         by_name["caching"]["times_naive"] = by_name["caching, naively"]["seconds"] / by_name["caching"]["seconds"]
     return result | {"peak_gflops": peak, "peaks": peaks, "load_after": os.getloadavg()[0]}
+
+
+def named(text: str, chosen: list[Phase]) -> list[Phase]:
+    """Those with the text in their names, of which there must be one."""
+    if not any(text in phase.name for phase in chosen):
+        fail(f"no phase has {text!r} in its name; there are {'; '.join(phase.name for phase in chosen)}")
+    return [phase for phase in chosen if text in phase.name]
+
+
+# --- PROFILING ---
+
+
+def profile(options: Options, case: dict, device, rows: int = 12) -> None:
+    """Print which operations take most of the CPU time of each phase named by --profile, without what they call.
+
+    On one thread, since the profiler sees only the thread that starts it. It makes every operation a few microseconds
+    slower, so what consists of many small ones looks slower than it is. On a GPU this is the time spent on launching.
+    """
+    script = load_script(options.script)
+    args = arguments(script, case, device)
+    torch.manual_seed(0)
+    net = build(script, args, case["obs_dim"], case["action_dim"], device)
+    for phase in named(options.profile, phases(script, net, args, case, steps=1)):
+        phase.call()
+        calls = min(100, max(1, round(min(1.0, options.seconds) / timed(phase.call, device))))
+        with torch.profiler.profile() as profiler:
+            for _ in range(calls):
+                with torch.profiler.record_function("Python, and waiting"):
+                    phase.call()
+        entries = sorted(profiler.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
+        total = sum(entry.self_cpu_time_total for entry in entries)
+        print(f"\n{options.script}, preset {case['preset']}: {phase.name}, {phase.count} x {phase.unit}, on one thread")
+        print(f"{total / calls / 1e3:.3g} ms under the profiler, mean of {calls}; of these")
+        for entry in entries[:rows]:
+            own, count = entry.self_cpu_time_total, entry.count / calls
+            print(f"{own / total:7.1%}{own / calls / 1e3:10.3g} ms in{count:7.4g} x {entry.key}", flush=True)
 
 
 # --- TELLING ---
@@ -549,6 +589,10 @@ def check_options(options: Options) -> torch.device:
         fail(f"--preset {options.preset} needs --obs-dim and --action-dim, both at least 1")
     if not options.preset and (options.obs_dim or options.action_dim):
         fail("--obs-dim and --action-dim go with --preset; a case has its own")
+    if options.profile and (options.phase or options.json or options.case == "all"):
+        fail("--profile names its phases itself, is of one case and writes no file: leave --phase, --json and all out")
+    if options.profile and options.threads > 1:
+        fail("--profile sees one thread only: leave --threads out")
     if not 0 <= options.threads <= cores():
         fail(f"--threads {options.threads} must be between 1 and the {cores()} cores there are, or 0 for all of them")
     if not 0 < options.seconds < float("inf"):
@@ -572,7 +616,8 @@ def run_all(options: Options) -> list[dict]:
         for name in CASES:
             file = pathlib.Path(folder) / f"{name}.json"
             flags = ["--script", options.script, "--case", name, "--device", options.device, "--json", str(file),
-                     "--threads", str(options.threads), "--seconds", str(options.seconds)]  # fmt: skip
+                     "--threads", str(options.threads), "--seconds", str(options.seconds),
+                     "--phase", options.phase]  # fmt: skip
             code = subprocess.run([sys.executable, __file__, *flags]).returncode
             if code:
                 raise SystemExit(code)
@@ -586,11 +631,13 @@ def main() -> None:
     if options.case == "all":
         results = run_all(options)
     else:
-        torch.set_num_threads(options.threads or cores())
+        torch.set_num_threads(1 if options.profile else options.threads or cores())
         name = options.case or ("" if options.preset else "antmaze")
         fields = ("preset", "obs_dim", "action_dim")
         own = {key: getattr(options, key) for key in fields} | dict(fields={}, cloning=(), release={})
         case = CASES[name] if name else own
+        if options.profile:
+            return profile(options, case, device)
         about = {"script": options.script, "case": name or "own sizes", "machine": machine(options, device)}
         results = [about | {key: case[key] for key in fields} | measure(options, case, device)]
         print_result(results[0])

@@ -90,8 +90,8 @@ def test_ranking_is_what_pytorch_counts():
 
 
 def test_gradient_steps_are_what_pytorch_counts():
-    """Less what is done twice: the kept actions' values, which the ranking had, and in every pass the observation's part
-    of the first layer."""
+    """Less what is done twice: the kept actions' values, which the ranking had, and in every pass the observation's
+    part of the first layer."""
     critic, (obs, actions) = make_critic(TINY).requires_grad_(False), make_batch(7, TINY.num_keep)
     only_rank = dataclasses.replace(TINY, num_gradient_steps=0)
     needed = speed.optimize_flops(TINY, OBS, ACT, 7) - speed.optimize_flops(only_rank, OBS, ACT, 7)
@@ -219,6 +219,43 @@ def test_command_line(name, more, tmp_path, monkeypatch, capsys):
     assert math.isfinite(result["peak_gflops"]) and len(result["peaks"]) == 1 + len(names)
 
 
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """speed.py with these flags, on a quickstart, in this process and without measuring the peak: what it prints."""
+    monkeypatch.setattr(speed, "peak_gflops", lambda seconds, device: 100.0)
+
+    def run(*flags):
+        sizes = ["--case", "quickstart", "--seconds", "0.02", "--threads", "1", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["benchmarks/speed.py", *sizes, *flags])
+        speed.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_only_some_phases(main, tmp_path):
+    main("--script", "parl_transformer_calql", "--phase", "caching, n", "--json", str(tmp_path / "speed.json"))
+    (result,) = json.loads((tmp_path / "speed.json").read_text())
+    assert [phase["phase"] for phase in result["phases"]] == ["caching, naively"]
+    with pytest.raises(SystemExit, match="no phase has 'dreaming' in its name; there are cloning, batch 256; caching;"):
+        main("--phase", "dreaming")
+
+
+def test_profile(main):
+    """Of each phase named, and no other, the operations that PyTorch saw, the dearest first."""
+    output = main("--script", "parl_diffusion_iql", "--profile", "acting")
+    tables = output.strip().split("\n\n")
+    names = [table.splitlines()[0].split(": ", 1)[1] for table in tables]
+    assert names == [
+        "online: acting, 1 x decision, on one thread",
+        "evaluation: acting, 50, 50 x decision, on one thread",
+    ]
+    for table in tables:
+        shares = [float(line.split("%")[0]) for line in table.splitlines()[2:]]
+        assert len(shares) == 12 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.6
+        assert "x aten::" in table and " 1 x Python, and waiting" in table
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -230,6 +267,10 @@ def test_command_line(name, more, tmp_path, monkeypatch, capsys):
         (dict(seconds=0.0), "--seconds"),
         (dict(seconds=float("nan")), "--seconds"),
         (dict(json="/nowhere/at/all.json"), "no folder"),
+        (dict(profile="acting", phase="acting"), "--profile names its phases"),
+        (dict(profile="acting", json="speed.json"), "--json"),
+        (dict(profile="acting", case="all"), "one case"),
+        (dict(profile="acting", threads=2), "one thread"),
         (dict(device="abacus"), "--device"),
         (dict(device="meta"), "--device"),
     ],
