@@ -5,6 +5,7 @@
     python benchmarks/speed.py --script parl_transformer_calql --case antmaze
     python benchmarks/speed.py --preset kitchen --obs-dim 59 --action-dim 9 --device cuda
     python benchmarks/speed.py --profile "critic update"                 # what that phase spends its time on
+    python benchmarks/speed.py --against ../before --phase acting        # was it worth it? this checkout and another
 
 The peak is measured in the same run, between the phases: the best rate of square float32 `torch.mm`s, since a shared
 machine's peak changes by the minute. Where "cpu use" (CPU time over time and threads) is far below 1 on a CPU,
@@ -18,12 +19,19 @@ diffusion or a transformer policy, and the critic of Cal-QL, IQL or RLPD. Of eac
 update, distilling, a whole round online (all but its episode), and acting, on one state and on as many as an
 evaluation has at a time. The transformer's candidates are drawn once more in the naive way, without its cache of keys
 and values and with the observation repeated for every sample.
+
+--against times two checkouts, a turn of the one and a turn of the other, so that what else the machine does slows both
+alike: the ratio of their medians says more than two tables do. Both are timed by this file, each in a process that
+imports script and harness from its own checkout. Where a script has not what a phase needs, that phase is "not there".
+The same checkout twice shows how far from 1 a ratio comes by chance. Where the ratio is not between the quartiles of
+those within each turn, the machine was too restless for so few --seconds.
 """
 
 import time
 
 START = time.perf_counter()  # before the imports: they are part of the time to the first update
 
+import contextlib  # noqa: E402
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
 import functools  # noqa: E402
@@ -34,11 +42,12 @@ import os  # noqa: E402
 import pathlib  # noqa: E402
 import platform  # noqa: E402
 import resource  # noqa: E402
+import signal  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
@@ -85,8 +94,9 @@ class Options:
     action_dim: int = 0  # with --preset: numbers in an action
     device: str = "auto"  # auto: the GPU if there is one
     threads: int = 0  # CPU threads, 0: all cores this process may use
-    seconds: float = 10.0  # measuring time of each phase; at least three repetitions are made whatever they take
+    seconds: float = 10.0  # measuring time of a phase, on each side; three repetitions, five turns, are made at least
     phase: str = ""  # only the phases that have this in their names
+    against: str = ""  # folder of another checkout: time it and this one in turn, and print the ratio by phase
     profile: str = ""  # instead of the table: where the time goes in the phases that have this in their names
     json: str = ""  # write the measurements to this file as well
 
@@ -452,8 +462,9 @@ def measure(options: Options, case: dict, device) -> dict:
 
     result["load_before"] = os.getloadavg()[0]
     peaks = [peak_gflops(min(0.5, options.seconds), device)]
-    chosen = phases(script, net, args, case, steps_of_round(args, case, options.seconds, peaks[0]))
-    for phase in named(options.phase, chosen):
+    steps = steps_of_round(args, case, options.seconds, peaks[0])
+    there = {phase.name: phase for phase in phases(script, net, args, case, steps)}
+    for phase in [there[name] for name in named(options.phase, there)]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -476,11 +487,176 @@ def measure(options: Options, case: dict, device) -> dict:
     return result | {"peak_gflops": peak, "peaks": peaks, "load_after": os.getloadavg()[0]}
 
 
-def named(text: str, chosen: list[Phase]) -> list[Phase]:
-    """Those with the text in their names, of which there must be one."""
-    if not any(text in phase.name for phase in chosen):
-        fail(f"no phase has {text!r} in its name; there are {'; '.join(phase.name for phase in chosen)}")
-    return [phase for phase in chosen if text in phase.name]
+def named(text: str, names: Iterable[str]) -> list[str]:
+    """Those that have the text in them, of which there must be one."""
+    if not any(text in name for name in names):
+        fail(f"no phase has {text!r} in its name; there are {'; '.join(names)}")
+    return [name for name in names if text in name]
+
+
+# --- TWO CHECKOUTS IN TURN ---
+
+
+class NotThere(Exception):
+    """A checkout's script has not what a phase needs."""
+
+
+def compare(options: Options, device) -> dict:
+    """Time the phases of one case in this checkout and in the other, and print a line for each."""
+    roots = [ROOT, pathlib.Path(options.against).resolve()]
+    for root in roots:
+        find_script(options.script, root)
+    name, case = case_of(options)
+    result = {"script": options.script, "case": name or "own sizes", "machine": machine(options, device),
+              "sides": [f"{root}{version(root)}" for root in roots], "phases": []}  # fmt: skip
+    start = dict(options=vars(options), device=str(device), threads=torch.get_num_threads(),
+                 peak=peak_gflops(min(0.5, options.seconds), device))  # fmt: skip
+    program = [sys.executable, "-B", __file__, "--side"]  # -B: another checkout is left as it is
+    sides = [
+        (root, subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)) for root in roots
+    ]
+    try:
+        this = ask(sides[0], start | {"root": str(roots[0]), "steps": 0})
+        other = ask(sides[1], start | {"root": str(roots[1]), "steps": this["steps"]})
+        result["settings_that_differ"] = differences(this["settings"], other["settings"])
+        print_heading(result, case)
+        for name in named(options.phase, this["phases"] | other["phases"]):
+            result["phases"].append(compare_phase(sides, [this, other], name, options.seconds))
+            print_comparison(result["phases"][-1])
+    finally:
+        for _, process in sides:
+            process.kill()
+            process.communicate()
+    print("times as fast: the other's median over this one's; quartiles: of the ratio within each turn of both")
+    print_machine(result["machine"])
+    return result
+
+
+def compare_phase(sides, answers: list[dict], name: str, seconds: float) -> dict:
+    """One phase of both sides, whose first answers are given; `not_there` says why where it cannot be compared."""
+    unit, count = next(answer["phases"][name] for answer in answers if name in answer["phases"])
+    phase = {"phase": name, "unit": unit}
+    try:
+        for (root, _), answer in zip(sides, answers):
+            if name not in answer["phases"]:
+                raise NotThere(f"{root}: {answer['missing'] or 'no such phase'}")
+        turns = [[t / count for t in times] for times in in_turn(sides, name, seconds)]
+    except NotThere as reason:
+        return phase | {"not_there": str(reason)}
+    this, other = zip(*turns)
+    quartiles = statistics.quantiles([b / a for a, b in turns], n=4, method="inclusive")
+    ratio = statistics.median(other) / statistics.median(this)
+    return phase | {"this": this, "other": other, "times_as_fast": ratio, "quartiles": quartiles}
+
+
+def in_turn(sides, name: str, seconds: float) -> list[list[float]]:
+    """Seconds per call on this side and on the other, turn by turn, of at least five turns after a warm-up.
+
+    A turn is the same number of calls on either side, enough for 0.05 s.
+    """
+    fewest = 2 * min(0.5, seconds)
+    warm_up = [turn(sides, name, 1)]
+    while sum(map(sum, warm_up)) < fewest and len(warm_up) < 20:
+        warm_up.append(turn(sides, name, 1))
+    calls, turns = max(1, round(0.05 / min(map(min, warm_up)))), []
+    while len(turns) < 5 or calls * sum(map(sum, turns)) < 2 * seconds:
+        turns.append(turn(sides, name, calls))
+    return turns
+
+
+def turn(sides, name: str, calls: int) -> list[float]:
+    """Seconds per call of a phase on the one side, then on the other."""
+    answers = [ask(side, [name, calls]) for side in sides]
+    missing = [f"{root}: {answer['missing']}" for (root, _), answer in zip(sides, answers) if "missing" in answer]
+    if missing:
+        raise NotThere("; ".join(missing))
+    return [answer["seconds"] for answer in answers]
+
+
+def ask(side, question) -> dict:
+    """What one side, (root, process), answers; the program ends where it cannot go on."""
+    root, process = side
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        fail(f"{root}: the process that measures it ended (exit code {process.wait()})")
+    answer = json.loads(line)
+    if "error" in answer:
+        fail(f"{root}: {answer['error']}")
+    return answer
+
+
+def serve() -> None:
+    """One side of --against: answers each line of standard input, JSON both ways, until there are no more.
+
+    The first says root, options, device, threads, peak and steps (0: decided here), and is answered by phases (name:
+    unit and how many of it a call does), settings, steps and, where there are no phases, what is missing. The others
+    are [phase, calls], answered by seconds per call or by what is missing. An error is answered to any of them.
+    """
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a script prints is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks,
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # without which this one ends
+
+    def answer(**fields):
+        answers.write(json.dumps(fields, default=str) + "\n")
+
+    start = json.loads(sys.stdin.readline())
+    options, device, steps = Options(**start["options"]), torch.device(start["device"]), start["steps"]
+    torch.set_num_threads(start["threads"])
+    case, there, missing, last = case_of(options)[1], {}, "", None
+    try:
+        script = load_script(options.script, pathlib.Path(start["root"]), ("Args", "PRESETS"))
+        args = arguments(script, case, device)
+    except (Exception, SystemExit) as error:  # whatever another checkout's script does when it is imported
+        return answer(error=in_a_line(error))
+    try:
+        torch.manual_seed(0)
+        net = build(script, args, case["obs_dim"], case["action_dim"], device)
+        steps = steps or steps_of_round(args, case, options.seconds, start["peak"])
+        there = {phase.name: phase for phase in phases(script, net, args, case, steps)}
+    except (AttributeError, TypeError) as error:
+        missing = in_a_line(error)
+    about = {phase.name: (phase.unit, phase.count) for phase in there.values()}
+    answer(phases=about, settings=vars(args), steps=steps or 1, missing=missing)
+    for line in sys.stdin:
+        name, calls = json.loads(line)
+        if name != last:  # both sides draw the same numbers
+            torch.manual_seed(0)
+        phase, last = there[name], name
+        try:
+            answer(seconds=timed(lambda phase=phase, calls=calls: [phase.call() for _ in range(calls)], device) / calls)
+        except (AttributeError, TypeError) as error:
+            answer(missing=in_a_line(error))
+        except Exception as error:
+            answer(error=f"{name}: {in_a_line(error)}")
+
+
+def in_a_line(error: BaseException) -> str:
+    """The first line of an error, with its kind unless it is one of `fail`'s."""
+    first = (str(error).splitlines() or [""])[0]
+    return first.removeprefix("error: ") if isinstance(error, SystemExit) else f"{type(error).__name__}: {first}"
+
+
+def differences(this: dict, other: dict) -> list[str]:
+    """Settings of two sides that are not the same."""
+    told = [(name, this.get(name, "not there"), other.get(name, "not there")) for name in this | other]
+    return [f"{name} {mine} here, {theirs} in the other" for name, mine, theirs in told if mine != theirs]
+
+
+def version(root: pathlib.Path) -> str:
+    """The commit of a checkout, and whether its files are others; nothing where git does not tell."""
+    if not (root / ".git").exists():
+        return ""
+    git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True)
+    try:
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except OSError:
+        return ""
+    return f", commit {commit}{' and changes' if changed else ''}" if commit else ""
 
 
 # --- PROFILING ---
@@ -496,7 +672,8 @@ def profile(options: Options, case: dict, device, rows: int = 12) -> None:
     args = arguments(script, case, device)
     torch.manual_seed(0)
     net = build(script, args, case["obs_dim"], case["action_dim"], device)
-    for phase in named(options.profile, phases(script, net, args, case, steps=1)):
+    there = {phase.name: phase for phase in phases(script, net, args, case, steps=1)}
+    for phase in [there[name] for name in named(options.profile, there)]:
         phase.call()
         calls = min(100, max(1, round(min(1.0, options.seconds) / timed(phase.call, device))))
         with torch.profiler.profile() as profiler:
@@ -528,12 +705,12 @@ def machine(options: Options, device) -> dict:
 
 def print_result(result: dict) -> None:
     """The table of one case."""
-    m, peaks = result["machine"], result["peaks"]
+    peaks = result["peaks"]
     print(f"\n{result['script']}, {result['case']}: preset {result['preset']}, observation {result['obs_dim']}, "
           f"action {result['action_dim']}, random data")  # fmt: skip
     print(f"{'':25}{'one':>9}{'median':>10}{'fastest':>10}{'per second':>12}{'GFLOP':>9}{'of peak':>9}{'cpu use':>9}")
     for p in result["phases"]:
-        times = [f"{t:.2f} s" if t >= 1 else f"{1e3 * t:.3g} ms" for t in (p["seconds"], min(p["repetitions"]))]
+        times = [readable(t) for t in (p["seconds"], min(p["repetitions"]))]
         release = ""
         if "times_the_release" in p:
             release = f"   {p['times_the_release']:.2f} times the release at the same peak"
@@ -546,8 +723,36 @@ def print_result(result: dict) -> None:
     load = f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after"
     print(f"peak of float32 torch.mm {result['peak_gflops']:.0f} GFLOP/s: median of {len(peaks)}, "
           f"from {min(peaks):.0f} to {max(peaks):.0f}; {load}")  # fmt: skip
+    print_machine(result["machine"])
+
+
+def print_heading(result: dict, case: dict) -> None:
+    """What is above the table of two checkouts."""
+    print(f"\n{result['script']}, {result['case']}: preset {case['preset']}, observation {case['obs_dim']}, "
+          f"action {case['action_dim']}, random data")  # fmt: skip
+    print(f"this:  {result['sides'][0]}\nother: {result['sides'][1]}")
+    if result["settings_that_differ"]:
+        print(f"settings that differ: {'; '.join(result['settings_that_differ'])}")
+    print(f"{'':25}{'one':>9}{'this':>10}{'other':>10}{'times as fast':>15}{'quartiles':>18}{'turns':>7}", flush=True)
+
+
+def print_comparison(p: dict) -> None:
+    """A line of that table."""
+    if "not_there" in p:
+        return print(f"{p['phase']:25}{p['unit']:>9}   not there in {p['not_there']}", flush=True)
+    times = [readable(statistics.median(p[side])) for side in ("this", "other")]
+    quartiles = " ".join(f"{ratio:.2f}" for ratio in p["quartiles"])
+    print(f"{p['phase']:25}{p['unit']:>9}{times[0]:>10}{times[1]:>10}{p['times_as_fast']:15.2f}{quartiles:>18}"
+          f"{len(p['this']):7}", flush=True)  # fmt: skip
+
+
+def print_machine(m: dict) -> None:
     gpu = f"{m['gpu']}, " if m["gpu"] else ""
     print(f"{gpu}{m['cpu']}, {m['cores']} cores, {m['threads']} threads, torch {m['torch']}", flush=True)
+
+
+def readable(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 # --- COMMAND LINE ---
@@ -563,19 +768,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def load_script(name: str):
-    """The script as a module: a file of this repository named without its `.py`, or a path from its root."""
+def find_script(name: str, root: pathlib.Path) -> str:
+    """The script's name without `.py`: a file of that checkout named so, or by a path from its root."""
     name = name.removesuffix(".py")
-    if not (ROOT / f"{name}.py").is_file():
-        there = ", ".join(sorted(path.stem for path in ROOT.glob("parl_*.py")))
-        fail(f"no script {name}.py in {ROOT}; there is {there}")
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+    if not (root / f"{name}.py").is_file():
+        there = ", ".join(sorted(path.stem for path in root.glob("parl_*.py")))
+        fail(f"no script {name}.py in {root}; there is {there or 'none'}")
+    return name
+
+
+def load_script(name: str, root: pathlib.Path = ROOT, needed: tuple[str, ...] = NEEDED):
+    """A checkout's script as a module, with its harness; one process can load those of one checkout only."""
+    name = find_script(name, root)
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
     script = importlib.import_module(name.replace("/", "."))
-    missing = [needed for needed in NEEDED if not hasattr(script, needed)]
+    missing = [name for name in needed if not hasattr(script, name)]
     if missing:
         fail(f"{name}.py cannot be measured: it has no {', '.join(missing)}")
-    importlib.import_module("benchmarks.harness.fast_critic").keep_freed_memory()  # as the script's own main does
+    with contextlib.suppress(ImportError, AttributeError):  # another checkout may have none
+        importlib.import_module("benchmarks.harness.fast_critic").keep_freed_memory()  # as the script's own main does
     return script
 
 
@@ -589,6 +801,10 @@ def check_options(options: Options) -> torch.device:
         fail(f"--preset {options.preset} needs --obs-dim and --action-dim, both at least 1")
     if not options.preset and (options.obs_dim or options.action_dim):
         fail("--obs-dim and --action-dim go with --preset; a case has its own")
+    if options.against and options.profile:
+        fail("give --against or --profile, not both")
+    if options.against and not (pathlib.Path(options.against) / "benchmarks").is_dir():
+        fail(f"--against {options.against}: that is no checkout of this project, it has no folder benchmarks")
     if options.profile and (options.phase or options.json or options.case == "all"):
         fail("--profile names its phases itself, is of one case and writes no file: leave --phase, --json and all out")
     if options.profile and options.threads > 1:
@@ -625,25 +841,33 @@ def run_all(options: Options) -> list[dict]:
     return results
 
 
+def case_of(options: Options) -> tuple[str, dict]:
+    """Name, "" for own sizes, and sizes of the one case that is asked for."""
+    name = options.case or ("" if options.preset else "antmaze")
+    own = {key: getattr(options, key) for key in ("preset", "obs_dim", "action_dim")}
+    return name, CASES[name] if name else own | dict(fields={}, cloning=(), release={})
+
+
 def main() -> None:
     options = tyro.cli(Options)
     device = check_options(options)
-    if options.case == "all":
+    torch.set_num_threads(1 if options.profile else options.threads or cores())
+    if options.profile:
+        return profile(options, case_of(options)[1], device)
+    if options.against:
+        names = CASES if options.case == "all" else [options.case]
+        results = [compare(dataclasses.replace(options, case=name), device) for name in names]
+    elif options.case == "all":
         results = run_all(options)
     else:
-        torch.set_num_threads(1 if options.profile else options.threads or cores())
-        name = options.case or ("" if options.preset else "antmaze")
-        fields = ("preset", "obs_dim", "action_dim")
-        own = {key: getattr(options, key) for key in fields} | dict(fields={}, cloning=(), release={})
-        case = CASES[name] if name else own
-        if options.profile:
-            return profile(options, case, device)
+        name, case = case_of(options)
         about = {"script": options.script, "case": name or "own sizes", "machine": machine(options, device)}
-        results = [about | {key: case[key] for key in fields} | measure(options, case, device)]
+        sizes = {key: case[key] for key in ("preset", "obs_dim", "action_dim")}
+        results = [about | sizes | measure(options, case, device)]
         print_result(results[0])
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["--side"] else main()

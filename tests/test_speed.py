@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +82,25 @@ def test_only_what_takes_the_best_action_climbs_fewer():
     assert distilling[0] == distilling[1] == distilling[2] + 2 * 4 * saved  # 3 with the data's action
     rounds = [speed.online_flops(TINY, OBS, ACT, 2, 100, climbed) for climbed in (None, 1)]
     assert rounds[0] - rounds[1] == 2 * 8 * saved + 2 * 4 * 2 * saved
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_acting_leaves_out_candidates_where_a_script_can_and_the_best_is_wanted(greedy):
+    said = []
+
+    def old_optimize(critic, obs, actions, args, data_actions=None):
+        said.append("all")
+        return actions, actions[..., 0]
+
+    def optimize(critic, obs, actions, args, data_actions=None, best_only=False):
+        said.append(best_only)
+        return actions, actions[..., 0]
+
+    net = SimpleNamespace(critic=None, ema_policy=make_policy(TINY))
+    for function in (old_optimize, optimize):
+        stub = SimpleNamespace(optimize=function, select_actions=script.select_actions)
+        speed.act(stub, net, dataclasses.replace(TINY, greedy_rollouts=greedy), torch.zeros(2, OBS))
+    assert said == ["all", greedy]
 
 
 def test_ranking_is_what_pytorch_counts():
@@ -256,6 +277,83 @@ def test_profile(main):
         assert "x aten::" in table and " 1 x Python, and waiting" in table
 
 
+# At the end of a checkout's script: a clock that only `policy_update` and looking at it move on; a list of who called.
+CLOCK = """
+import time
+print("hello")
+now = [0.0]
+
+
+def pass_time(seconds):
+    now[0] += seconds
+    return now[0]
+
+
+def policy_update(*_):
+    pass_time({seconds})
+    with open({log!r}, "a") as log:
+        log.write({letter!r})
+    return torch.zeros(())
+
+
+time.perf_counter = lambda: pass_time(0.05)
+critic_update, refresh_candidates = lambda *_: {{}}, lambda *_: None  # to save the tests' own time
+"""
+
+
+def checkout(folder: pathlib.Path, script: str) -> pathlib.Path:
+    """A copy of what a script needs of this repository, and that script."""
+    for part in ("harness", "tasks"):
+        shutil.copytree(ROOT / "benchmarks" / part, folder / "benchmarks" / part, ignore=lambda *_: ["__pycache__"])
+    (folder / "benchmarks" / "__init__.py").touch()
+    (folder / "parl_diffusion_calql.py").write_text(script)
+    return folder
+
+
+def test_against_another_checkout(main, tmp_path, monkeypatch):
+    """In the other one an update of the policy takes twice as long, there is no `distill` and no --distill-ratio."""
+    log, text = tmp_path / "log", (ROOT / "parl_diffusion_calql.py").read_text()
+    stubs = [CLOCK.format(seconds=s, letter=c, log=str(log)) for s, c in ((0.95, "a"), (1.95, "b"))]
+    without = "\n".join(line for line in text.splitlines() if not line.startswith("    distill_ratio:"))
+    this = checkout(tmp_path / "this", text + stubs[0])
+    other = checkout(tmp_path / "other", without + stubs[1] + "del distill\n")
+    monkeypatch.setattr(speed, "ROOT", this)
+    output = main("--against", str(other), "--json", str(tmp_path / "speed.json"))
+    (result,) = json.loads((tmp_path / "speed.json").read_text())
+    phases = {phase["phase"]: phase for phase in result["phases"]}
+    cloning = phases.pop("cloning, batch 256")
+    assert cloning["this"] == pytest.approx([1.0] * 5) and cloning["other"] == pytest.approx([2.0] * 5)
+    assert [cloning["times_as_fast"], *cloning["quartiles"]] == pytest.approx([2.0] * 4)
+    assert log.read_text().startswith("ab" * 6)  # a warm-up and five turns
+    why = {name: phase["not_there"] for name, phase in phases.items() if "not_there" in phase}
+    assert why == {
+        "distilling": f"{other}: AttributeError: module 'parl_diffusion_calql' has no attribute 'distill'",
+        "online: distill + critic": f"{other}: AttributeError: 'Args' object has no attribute 'distill_ratio'",
+    }
+    assert all(len(phase["this"]) == len(phase["other"]) == 5 for name, phase in phases.items() if name not in why)
+    assert result["settings_that_differ"] == ["distill_ratio 1.0 here, not there in the other"]
+    assert "update    1.00 s    2.00 s           2.00    2.00 2.00 2.00      5" in output
+    assert output.count("not there in") == 3 and "hello" not in output
+    assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_against_what_cannot_be_measured(main, tmp_path, monkeypatch):
+    """One line, whether there is no script, it fails when it is imported, or its process dies."""
+    (tmp_path / "benchmarks").mkdir()
+    with pytest.raises(SystemExit, match=f"no script parl_diffusion_calql.py in {tmp_path}; there is none$"):
+        main("--against", str(tmp_path))
+    (tmp_path / "parl_diffusion_calql.py").write_text('raise RuntimeError("one thing\\nafter another")')
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}: RuntimeError: one thing$"):
+        main("--against", str(tmp_path))
+    dies = ["sh", "-c", "read question; exit 7"]
+    with (
+        subprocess.Popen(dies, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
+        pytest.raises(SystemExit, match=r"^error: there: the process that measures it ended \(exit code 7\)$"),
+    ):
+        speed.ask(("there", process), ["caching", 1])
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -267,6 +365,8 @@ def test_profile(main):
         (dict(seconds=0.0), "--seconds"),
         (dict(seconds=float("nan")), "--seconds"),
         (dict(json="/nowhere/at/all.json"), "no folder"),
+        (dict(against="/nowhere"), "no checkout of this project"),
+        (dict(against=str(ROOT), profile="acting"), "not both"),
         (dict(profile="acting", phase="acting"), "--profile names its phases"),
         (dict(profile="acting", json="speed.json"), "--json"),
         (dict(profile="acting", case="all"), "one case"),
