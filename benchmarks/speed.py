@@ -11,8 +11,10 @@ The peak is measured in the same run, between the phases: the best rate of squar
 machine's peak changes by the minute. Where "cpu use" (CPU time over time and threads) is far below 1 on a CPU,
 something else was running, and the share of the peak is too low by as much: the peak is a best of short products, which
 escape it. GFLOP counts what the mathematics needs and nothing that is computed twice, so a script gains nothing by
-doing work that it could leave out. Every case is a process of its own: its peak memory and its time to the first
-update, imports included, are those of that case alone.
+doing work that it could leave out. Of a state's candidates those count that were climbed, a column of its own; where a
+script leaves out those that cannot become the best, how many stay is a matter of the critic, here a random one. Every
+case is a process of its own: its peak memory and its time to the first update, imports included, are those of that case
+alone.
 
 A script can be measured if it has the functions and classes in NEEDED, with the arguments of the four scripts: a
 diffusion or a transformer policy, and the critic of Cal-QL, IQL or RLPD. Of each: cloning, drawing candidates, critic
@@ -61,7 +63,7 @@ TIME_DIM = 128  # the policy's time features, DiffusionPolicy's default
 RELEASE_GFLOPS = 160.0  # float32 peak of the machine on which the release's times below were taken
 NEEDED = (
     "Args", "PRESETS", "ReplayBuffer", "Critic", "policy_update", "critic_update", "distill",
-    "refresh_candidates", "optimize", "select_actions",
+    "refresh_candidates", "optimize", "optimize_actions", "local_optimization", "select_actions",
 )  # fmt: skip
 
 ANTMAZE = dict(
@@ -117,9 +119,9 @@ def optimize_flops(args, obs_dim: int, action_dim: int, states: int, data_action
     An action's gradient takes as many multiply-adds as a forward pass. The gradients at the start build on the forward
     passes of the ranking; from there each gradient step takes a forward pass and, but for the last, a backward pass.
 
-    data_action: one more candidate, which needs no rank but its value. climbed: the candidates of a state that a
-    gradient step moves, a mean over states and steps, where those that cannot win are left out after their first
-    gradient; None: all that are kept.
+    data_action: one more candidate, which needs no rank but its value. climbed: of a state's candidates, how many the
+    gradient steps are taken on, a mean over states, where some are left out after their first gradient; None: all that
+    are kept.
     """
     obs, action, rest = critic_layers(args, obs_dim, action_dim)
     steps, kept = args.num_gradient_steps, args.num_keep + data_action
@@ -134,7 +136,7 @@ def critic_update_flops(args, obs_dim: int, action_dim: int, climbed=None) -> fl
 
     A backward pass is two forward passes (inputs and weights), in the first layer one (weights alone). The
     observation's part of the first layer at s was evaluated when optimizing: its weights' gradient is left.
-    climbed: as in `optimize_flops`, for targets that take the best action; one that is drawn needs all of them climbed.
+    climbed: as in `optimize_flops`.
 
     AntMaze comes to 0.562 TFLOP. Of that 0.474 are the gradient steps, 0.076 the ranking, 0.012 the loss. A count of
     0.62 is had by evaluating the kept actions once more after their ranking, and by sending the penalty's actions
@@ -146,7 +148,7 @@ def critic_update_flops(args, obs_dim: int, action_dim: int, climbed=None) -> fl
         v_rest = rest - 2 * args.critic_hidden[-1] * ((args.num_bins if args.critic_loss == "hl_gauss" else 1) - 1)
         targets = E * (obs + action + rest) + obs + v_rest
         return B * (targets + E * (2 * obs + 2 * action + 3 * rest) + 2 * obs + 3 * v_rest)
-    subset, how = args.target_subset, (args.target_data_actions, None if args.sample_backup else climbed)
+    subset, how = args.target_subset, (args.target_data_actions, climbed)
     target = B * subset * (obs + action + rest)
     if not hasattr(args, "cql_actions"):  # RLPD: optimize at s' only, no penalty
         return optimize_flops(args, obs_dim, action_dim, B, *how) + target + B * E * (2 * obs + 2 * action + 3 * rest)
@@ -199,25 +201,27 @@ def policy_update_flops(args, obs_dim: int, action_dim: int, batch: int) -> int:
 
 
 def acting_flops(args, obs_dim: int, action_dim: int, states: int, climbed=None) -> float:
-    """One decision at each of so many states; climbed as in `optimize_flops`, where the best action is taken."""
+    """One decision at each of so many states; climbed as in `optimize_flops`."""
     sampling = sampling_flops(args, obs_dim, action_dim, states, args.num_samples)
-    climbed = climbed if args.greedy_rollouts else None
     return sampling + optimize_flops(args, obs_dim, action_dim, states, climbed=climbed)
 
 
 def distill_flops(args, obs_dim: int, action_dim: int, updates: int, num_states: int, climbed=None) -> float:
-    """Distilling updates, after drawing candidates at the distinct ones of their states, of which there are num_states.
+    """Distilling updates, after drawing candidates at the distinct ones of their states.
 
-    climbed: as in `optimize_flops`, where the best action is taught.
+    num_states: how many there are to choose from; climbed: as in `optimize_flops`.
     """
-    drawn, climbed = updates * args.batch_size, climbed if args.greedy_rollouts else None
+    drawn = updates * args.batch_size
     sampling = sampling_flops(args, obs_dim, action_dim, distinct(drawn, num_states), args.num_samples)
     optimizing = optimize_flops(args, obs_dim, action_dim, drawn, args.distill_data_actions, climbed)
     return sampling + optimizing + updates * policy_update_flops(args, obs_dim, action_dim, args.batch_size)
 
 
 def online_flops(args, obs_dim: int, action_dim: int, steps: int, num_states: int, climbed=None) -> float:
-    """A round online of so many environment steps: distilling, candidates for the critic's states, critic updates."""
+    """A round online of so many environment steps: distilling, candidates for the critic's states, critic updates.
+
+    climbed: as in `optimize_flops`, the mean over the states of both.
+    """
     num_distill, num_critic = updates_of_round(args, steps)
     # Cal-QL looks at s and s', RLPD at s' alone, IQL at no candidates
     looks = 0 if hasattr(args, "expectile") else 2 if hasattr(args, "cql_actions") else 1
@@ -342,47 +346,70 @@ class Phase:
     name: str
     unit: str  # what is counted
     count: int  # how many of it a call does
-    flops: Callable[[], float]  # floating-point operations that a call needs
+    flops: Callable[[float | None], float]  # operations that a call needs, given how many climbed (`optimize_flops`)
     call: Callable[[], object]
 
 
-def phases(script, net, args, case: dict, steps: int, climbed=None) -> list[Phase]:
+def phases(script, net, args, case: dict, steps: int) -> list[Phase]:
     """What is measured of a script, in the order of the table.
 
-    steps: environment steps of a round online, and updates of a call of distilling; climbed: as in `optimize_flops`,
-    the mean where only the best action is wanted.
+    steps: environment steps of a round online, and updates of a call of distilling.
     """
     sizes, states = (case["obs_dim"], case["action_dim"]), net.buffer.states
     cached = torch.arange(256 if states.device.type == "cpu" else 4096, device=states.device)
     few, at_once = states[: len(cached) // 4], evaluated_at_once(args)
     critic = "offline critic update" if hasattr(args, "num_offline_steps") else "critic update"
     cloning = [
-        Phase(f"cloning, batch {batch}", "update", 1, lambda batch=batch: policy_update_flops(args, *sizes, batch),
+        Phase(f"cloning, batch {batch}", "update", 1, lambda _, batch=batch: policy_update_flops(args, *sizes, batch),
               lambda batch=batch: clone_step(script, net, args, batch))
         for batch in case["cloning"] or (args.cloning_batch_size,)
     ]  # fmt: skip
     naively = [
-        Phase("caching, naively", "state", len(few), lambda: sampling_flops(args, *sizes, len(few), args.num_samples),
+        Phase("caching, naively", "state", len(few), lambda _: sampling_flops(args, *sizes, len(few), args.num_samples),
               lambda: naive_sample(net.ema_policy, few, args.num_samples))
     ]  # fmt: skip
     return [
         *cloning,
-        Phase("caching", "state", len(cached), lambda: sampling_flops(args, *sizes, len(cached), args.num_samples),
+        Phase("caching", "state", len(cached), lambda _: sampling_flops(args, *sizes, len(cached), args.num_samples),
               lambda: script.refresh_candidates(net.ema_policy, net.buffer, cached)),
         *(naively if is_transformer(args) else []),
-        Phase(critic, "update", 1, lambda: critic_update_flops(args, *sizes, climbed),
+        Phase(critic, "update", 1, lambda climbed: critic_update_flops(args, *sizes, climbed),
               lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0])),
-        Phase("distilling", "update", steps, lambda: distill_flops(args, *sizes, steps, len(states), climbed),
+        Phase("distilling", "update", steps, lambda climbed: distill_flops(args, *sizes, steps, len(states), climbed),
               lambda: distill_round(script, net, args, steps)),
         Phase("online: distill + critic", "env step", steps,
-              lambda: online_flops(args, *sizes, steps, len(states), climbed),
+              lambda climbed: online_flops(args, *sizes, steps, len(states), climbed),
               lambda: online_round(script, net, args, steps)),
-        Phase("online: acting", "decision", 1, lambda: acting_flops(args, *sizes, 1, climbed),
+        Phase("online: acting", "decision", 1, lambda climbed: acting_flops(args, *sizes, 1, climbed),
               lambda: act(script, net, args, states[:1])),
         Phase(f"evaluation: acting, {at_once}", "decision", at_once,
-              lambda: acting_flops(args, *sizes, at_once, climbed),
+              lambda climbed: acting_flops(args, *sizes, at_once, climbed),
               lambda: act(script, net, args, states[:at_once])),
     ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def counting_climbed(script):
+    """Yields a function that says how many of a state's candidates climbed, a mean over the states seen since; or None.
+
+    Seen are the arguments of the script's `optimize_actions` and `local_optimization`: it may give the latter only some
+    of the candidates, each as a state of its own.
+    """
+    whole, climb, seen = script.optimize_actions, script.local_optimization, {"states": 0, "climbed": 0}
+
+    def optimize_actions(critic, obs, *rest, **more):
+        seen["states"] += len(obs)
+        return whole(critic, obs, *rest, **more)
+
+    def local_optimization(critic, obs, actions, *rest, **more):
+        seen["climbed"] += actions.shape[0] * actions.shape[1]
+        return climb(critic, obs, actions, *rest, **more)
+
+    script.optimize_actions, script.local_optimization = optimize_actions, local_optimization
+    try:
+        yield lambda: seen["climbed"] / seen["states"] if seen["states"] else None
+    finally:
+        script.optimize_actions, script.local_optimization = whole, climb
 
 
 def evaluated_at_once(args) -> int:
@@ -468,13 +495,14 @@ def measure(options: Options, case: dict, device) -> dict:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         wall, cpu = time.perf_counter(), time.process_time()
-        times = [seconds / phase.count for seconds in repeat(phase.call, options.seconds, device)]
+        with counting_climbed(script) as climbed:
+            times = [seconds / phase.count for seconds in repeat(phase.call, options.seconds, device)]
         cpu_use = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
         result["peak_memory_gb"] = max(result["peak_memory_gb"], peak_memory(device))
         peaks.append(peak_gflops(min(0.5, options.seconds), device))
         result["phases"].append({"phase": phase.name, "unit": phase.unit, "seconds": statistics.median(times),
-                                 "gflop": phase.flops() / phase.count / 1e9, "cpu_use": cpu_use,
-                                 "repetitions": times})  # fmt: skip
+                                 "gflop": phase.flops(climbed()) / phase.count / 1e9, "climbed": climbed(),
+                                 "cpu_use": cpu_use, "repetitions": times})  # fmt: skip
     peak = statistics.median(peaks)
     for phase in result["phases"]:
         phase["share_of_peak"] = phase["gflop"] / phase["seconds"] / peak
@@ -708,7 +736,8 @@ def print_result(result: dict) -> None:
     peaks = result["peaks"]
     print(f"\n{result['script']}, {result['case']}: preset {result['preset']}, observation {result['obs_dim']}, "
           f"action {result['action_dim']}, random data")  # fmt: skip
-    print(f"{'':25}{'one':>9}{'median':>10}{'fastest':>10}{'per second':>12}{'GFLOP':>9}{'of peak':>9}{'cpu use':>9}")
+    print(f"{'':25}{'one':>9}{'median':>10}{'fastest':>10}{'per second':>12}{'climbed':>9}{'GFLOP':>9}{'of peak':>9}"
+          f"{'cpu use':>9}")  # fmt: skip
     for p in result["phases"]:
         times = [readable(t) for t in (p["seconds"], min(p["repetitions"]))]
         release = ""
@@ -716,8 +745,9 @@ def print_result(result: dict) -> None:
             release = f"   {p['times_the_release']:.2f} times the release at the same peak"
         if "times_naive" in p:
             release = f"   {p['times_naive']:.2f} times the naive way"
-        print(f"{p['phase']:25}{p['unit']:>9}{times[0]:>10}{times[1]:>10}{1 / p['seconds']:12.4g}{p['gflop']:9.4g}"
-              f"{p['share_of_peak']:9.0%}{p['cpu_use']:9.0%}{release}")  # fmt: skip
+        climbed = "" if p["climbed"] is None else f"{p['climbed']:.3g}"
+        print(f"{p['phase']:25}{p['unit']:>9}{times[0]:>10}{times[1]:>10}{1 / p['seconds']:12.4g}{climbed:>9}"
+              f"{p['gflop']:9.4g}{p['share_of_peak']:9.0%}{p['cpu_use']:9.0%}{release}")  # fmt: skip
     print(f"time to the first update {result['first_update_seconds']:.1f} s (imports, networks, one critic update); "
           f"peak memory {result['peak_memory_gb']:.2f} GB")  # fmt: skip
     load = f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after"

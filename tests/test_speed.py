@@ -69,19 +69,35 @@ def test_candidates_that_are_climbed_by_hand():
     assert speed.optimize_flops(only_rank, OBS, ACT, 1, climbed=1.5) == 3 * 160 + 6 * one
 
 
-def test_only_what_takes_the_best_action_climbs_fewer():
+def test_every_phase_that_climbs_counts_those_that_did():
     saved = 5 * 3 * 1440  # of 2 candidates 1 is climbed: 3 passes forward and 2 back less at a state
-    drawn = dataclasses.replace(TINY, sample_backup=True, greedy_rollouts=False)
     for count, states in (
-        (lambda args, climbed: speed.critic_update_flops(args, OBS, ACT, climbed), 8),
-        (lambda args, climbed: speed.acting_flops(args, OBS, ACT, 3, climbed), 3),
+        (lambda climbed: speed.critic_update_flops(TINY, OBS, ACT, climbed), 8),
+        (lambda climbed: speed.acting_flops(TINY, OBS, ACT, 3, climbed), 3),
+        (lambda climbed: speed.distill_flops(TINY, OBS, ACT, 2, 100, climbed), 8),
+        (lambda climbed: speed.online_flops(TINY, OBS, ACT, 2, 100, climbed), 24),
     ):
-        assert count(TINY, None) - count(TINY, 1) == states * saved
-        assert count(drawn, None) == count(drawn, 1) == count(TINY, None)
-    distilling = [speed.distill_flops(TINY, OBS, ACT, 2, 100, climbed) for climbed in (None, 3, 2)]
-    assert distilling[0] == distilling[1] == distilling[2] + 2 * 4 * saved  # 3 with the data's action
-    rounds = [speed.online_flops(TINY, OBS, ACT, 2, 100, climbed) for climbed in (None, 1)]
-    assert rounds[0] - rounds[1] == 2 * 8 * saved + 2 * 4 * 2 * saved
+        assert count(2) - count(1) == states * saved
+    assert speed.critic_update_flops(TINY, OBS, ACT, 2) == speed.critic_update_flops(TINY, OBS, ACT)
+    assert speed.distill_flops(TINY, OBS, ACT, 2, 100, 3) == speed.distill_flops(TINY, OBS, ACT, 2, 100)
+
+
+def test_who_climbed_is_counted():
+    args = dataclasses.replace(TINY, climb_all=True) if hasattr(TINY, "climb_all") else TINY
+    net = speed.build(script, args, OBS, ACT, torch.device("cpu"))
+    plain = script.optimize_actions, script.local_optimization
+    with speed.counting_climbed(script) as climbed:
+        assert climbed() is None
+        speed.act(script, net, args, net.buffer.states[:5])
+        assert climbed() == args.num_keep
+        speed.distill_round(script, net, args, 1)  # at batch_size states there is the data's action, too
+        assert climbed() == pytest.approx((5 * args.num_keep + 4 * (args.num_keep + 1)) / 9)
+    assert (script.optimize_actions, script.local_optimization) == plain
+    some = SimpleNamespace(local_optimization=lambda critic, obs, actions: None)
+    some.optimize_actions = lambda critic, obs, actions: some.local_optimization(critic, obs[:3], actions[:3, :1])
+    with speed.counting_climbed(some) as climbed:
+        some.optimize_actions(None, torch.zeros(4, OBS), torch.zeros(4, 2, ACT))
+    assert climbed() == 0.75
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -172,7 +188,8 @@ def test_other_critic_updates_are_what_pytorch_counts(other):
     """One whole `critic_update`, less what is done again: the kept actions' values, and in each pass the observation's
     part of the first layer."""
     sizes = dict(ensemble_size=3, critic_hidden=(16, 24), num_bins=12, batch_size=4, num_samples=6, num_keep=2)
-    args = other.Args(**sizes, num_gradient_steps=3)
+    drawn = {"sample_backup": True} if other is parl_diffusion_rlpd else {}  # so that all candidates climb
+    args = other.Args(**sizes, **drawn, num_gradient_steps=3)
     net = speed.build(other, args, OBS, ACT, torch.device("cpu"))
     assert len(net.buffer.states) == speed.ROWS + speed.ROWS // speed.EPISODE
     rows = torch.arange(4) * 7
@@ -235,6 +252,8 @@ def test_command_line(name, more, tmp_path, monkeypatch, capsys):
     for phase in result["phases"]:
         assert phase["phase"] in output
         assert len(phase["repetitions"]) >= 3 and phase["gflop"] > 0
+        no_climb = ["cloning", "caching"] + ["offline critic update"] * ("iql" in name)
+        assert (phase["climbed"] is None) == any(phase["phase"].startswith(start) for start in no_climb)
         assert phase["share_of_peak"] == pytest.approx(phase["gflop"] / phase["seconds"] / result["peak_gflops"])
     assert result["peak_memory_gb"] > 0.05 and 0 < result["first_update_seconds"] < 300
     assert math.isfinite(result["peak_gflops"]) and len(result["peaks"]) == 1 + len(names)
