@@ -357,17 +357,17 @@ def global_optimization(critic, obs, actions, num_keep):
     return actions.gather(1, index[..., None].expand(-1, -1, actions.shape[-1])), q
 
 
-def local_optimization(critic, obs, actions, num_steps, step_size, low, high, keep_best_of_path=False):
+def local_optimization(critic, obs, actions, num_steps, step_size, low, high, keep_best_of_path=False, start=None):
     """Equation 4.2 under section 4.3's rule: num_steps of gradient ascent on each action, no step that lowers Q.
 
     A rejected step leaves the action where it was, and as its gradient there is the same, all later ones would be
     rejected too: a step costs one forward and one backward pass and nothing is evaluated twice. With
     keep_best_of_path (release) every step is taken and the best of the T + 1 points is returned, the later of equals.
 
-    obs (B, O), actions (B, m, A) in [low, high] -> actions (B, m, A), q (B, m). Needs full float32: a step of 3e-4
-    changes Q in the fourth digit, so TF32 or bfloat16 would turn the comparison into noise.
+    obs (B, O), actions (B, m, A) in [low, high], start: their Q and gradient if known -> actions (B, m, A), q (B, m).
+    Needs full float32: a step of 3e-4 changes Q in the fourth digit, TF32 or bfloat16 turn the comparison into noise.
     """
-    q, gradient = q_and_gradient(critic, obs, actions, need_gradient=num_steps > 0)
+    q, gradient = start or q_and_gradient(critic, obs, actions, need_gradient=num_steps > 0)
     best_actions, best_q = actions, q
     for step in range(num_steps):
         proposed = (actions + step_size * gradient).clamp(low, high)

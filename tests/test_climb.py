@@ -82,8 +82,8 @@ def test_less_is_evaluated():
         script.optimize_actions(counting, obs, actions, 10, 10, 3e-4, num_climb=num_climb)
         asked[num_climb] = counting.asked
     assert asked[0] == [16_000] + [10_000] * 11
-    assert asked[10][:2] == [16_000, 10_000] and asked[10][2:] == [1_465] * 11  # of 10,000
-    assert asked[1][:2] == [16_000, 10_000] and asked[1][2:] == [1_000] * 11
+    assert asked[10][:2] == [16_000, 10_000] and asked[10][2:] == [1_465] * 10  # of 10,000
+    assert asked[1][:2] == [16_000, 10_000] and asked[1][2:] == [1_000] * 10
 
 
 class Steep(torch.nn.Module):

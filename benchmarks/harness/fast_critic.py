@@ -126,7 +126,9 @@ def climb_winners(local_optimization, q_and_gradient, critic, obs, actions, num_
     can_win = bound >= q.amax(1, keepdim=True)
     can_win &= q.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < num_climb
     index = can_win.nonzero(as_tuple=True)  # R pairs of a state and an action, each climbed as a state of its own
-    climbed, climbed_q = local_optimization(critic, obs[index[0]], actions[index][:, None], num_steps, step_size, *rest)
+    start = q[index][:, None], gradient[index][:, None]
+    places = critic, obs[index[0]], actions[index][:, None]
+    climbed, climbed_q = local_optimization(*places, num_steps, step_size, *rest, start)
     return actions.index_put(index, climbed[:, 0]), q.index_put(index, climbed_q[:, 0])
 
 
