@@ -37,7 +37,7 @@ import contextlib  # noqa: E402
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
 import functools  # noqa: E402
-import importlib  # noqa: E402
+import importlib.util  # noqa: E402
 import inspect  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -58,8 +58,11 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Of this checkout, also where the scripts and their harness are another's
+COST = importlib.util.spec_from_file_location("cost", ROOT / "benchmarks" / "harness" / "cost.py")
+cost = importlib.util.module_from_spec(COST)
+COST.loader.exec_module(cost)
 ROWS, EPISODE = 20_000, 100  # random data: transitions, and how many a trajectory has
-TIME_DIM = 128  # the policy's time features, DiffusionPolicy's default
 RELEASE_GFLOPS = 160.0  # float32 peak of the machine on which the release's times below were taken
 NEEDED = (
     "Args", "PRESETS", "ReplayBuffer", "Critic", "policy_update", "critic_update", "distill",
@@ -103,144 +106,6 @@ class Options:
     json: str = ""  # write the measurements to this file as well
 
 
-# --- THE WORK THAT IS NEEDED, in floating-point operations: 2 per multiply-add of the matrix products ---
-
-
-def critic_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int]:
-    """One member's forward pass: first layer's observation part (per state), its action part, the rest (per action)."""
-    hidden, bins = args.critic_hidden, args.num_bins if args.critic_loss == "hl_gauss" else 1
-    rest = sum(i * o for i, o in zip(hidden, (*hidden[1:], bins)))
-    return 2 * obs_dim * hidden[0], 2 * action_dim * hidden[0], 2 * rest
-
-
-def optimize_flops(args, obs_dim: int, action_dim: int, states: int, data_action=False, climbed=None) -> float:
-    """Algorithm 1 on so many states: rank k samples, then T gradient steps on the m kept, all members.
-
-    An action's gradient takes as many multiply-adds as a forward pass. The gradients at the start build on the forward
-    passes of the ranking; from there each gradient step takes a forward pass and, but for the last, a backward pass.
-
-    data_action: one more candidate, which needs no rank but its value. climbed: of a state's candidates, how many the
-    gradient steps are taken on, a mean over states, where some are left out after their first gradient; None: all that
-    are kept.
-    """
-    obs, action, rest = critic_layers(args, obs_dim, action_dim)
-    steps, kept = args.num_gradient_steps, args.num_keep + data_action
-    passes = args.num_samples + data_action
-    if steps:
-        passes += kept + (2 * steps - 1) * (kept if climbed is None else climbed)
-    return states * args.ensemble_size * (obs + passes * (action + rest))
-
-
-def critic_update_flops(args, obs_dim: int, action_dim: int, climbed=None) -> float:
-    """One critic update, of Cal-QL: optimize at s and s', value at s', loss and its gradient for the parameters.
-
-    A backward pass is two forward passes (inputs and weights), in the first layer one (weights alone). The
-    observation's part of the first layer at s was evaluated when optimizing: its weights' gradient is left.
-    climbed: as in `optimize_flops`.
-
-    AntMaze comes to 0.562 TFLOP. Of that 0.474 are the gradient steps, 0.076 the ranking, 0.012 the loss. A count of
-    0.62 is had by evaluating the kept actions once more after their ranking, and by sending the penalty's actions
-    through all ten members; it needs only the two drawn for it.
-    """
-    obs, action, rest = critic_layers(args, obs_dim, action_dim)
-    B, E = args.batch_size, args.ensemble_size
-    if hasattr(args, "expectile"):  # IQL: target critic, value at s' and s, critic and value with gradients; no policy
-        v_rest = rest - 2 * args.critic_hidden[-1] * ((args.num_bins if args.critic_loss == "hl_gauss" else 1) - 1)
-        targets = E * (obs + action + rest) + obs + v_rest
-        return B * (targets + E * (2 * obs + 2 * action + 3 * rest) + 2 * obs + 3 * v_rest)
-    subset, how = args.target_subset, (args.target_data_actions, climbed)
-    target = B * subset * (obs + action + rest)
-    if not hasattr(args, "cql_actions"):  # RLPD: optimize at s' only, no penalty
-        return optimize_flops(args, obs_dim, action_dim, B, *how) + target + B * E * (2 * obs + 2 * action + 3 * rest)
-    data = B * E * (obs + 2 * action + 3 * rest)
-    penalty = B * subset * (args.cql_actions + 2) * (2 * action + 3 * rest)  # random ones, and one each from s and s'
-    return optimize_flops(args, obs_dim, action_dim, 2 * B, *how) + target + data + penalty
-
-
-def is_transformer(args) -> bool:
-    return hasattr(args, "policy_layers")
-
-
-def transformer_layers(args, obs_dim: int) -> tuple[int, int, int]:
-    """One element: the observation's linear layer, all blocks without attention's products, and the head."""
-    width = args.policy_width
-    return 2 * obs_dim * width, args.policy_layers * 24 * width**2, 2 * width * args.policy_bins
-
-
-def policy_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int, int]:
-    """One forward pass: time's part (per denoising step), observation's (per state), action's and rest (per sample)."""
-    width = args.policy_hidden
-    time_part = 2 * (TIME_DIM * 2 * TIME_DIM + 2 * TIME_DIM * TIME_DIM + TIME_DIM * width)
-    rest = 2 * (args.policy_blocks * 2 * width * 4 * width + width * action_dim)
-    return time_part, 2 * obs_dim * width, 2 * action_dim * width, rest
-
-
-def sampling_flops(args, obs_dim: int, action_dim: int, states: int, samples: int) -> int:
-    """So many samples at so many states: the denoising chain, or all tokens but the last, and the observation once."""
-    if is_transformer(args):
-        obs, token, head = transformer_layers(args, obs_dim)
-        attention = 4 * args.policy_width * args.policy_layers
-        first = obs + token + head + attention
-        rest = (action_dim - 1) * (token + head) + attention * sum(range(2, action_dim + 1))
-        return states * (first + samples * rest)
-    time_part, obs, action, rest = policy_layers(args, obs_dim, action_dim)
-    return args.diffusion_steps * time_part + states * (obs + samples * args.diffusion_steps * (action + rest))
-
-
-def policy_update_flops(args, obs_dim: int, action_dim: int, batch: int) -> int:
-    """One cloning or distilling update: three forward passes, two for the parts of layer one whose input is data.
-
-    The time features have as many different values as there are denoising steps, so those are all that is needed.
-    """
-    if is_transformer(args):
-        obs, token, head = transformer_layers(args, obs_dim)
-        attention = 4 * args.policy_width * args.policy_layers * action_dim * (action_dim + 1) // 2
-        return batch * (2 * obs + 3 * (action_dim * (token + head) + attention))
-    time_part, obs, action, rest = policy_layers(args, obs_dim, action_dim)
-    return 3 * min(args.diffusion_steps, batch) * time_part + batch * (2 * obs + 2 * action + 3 * rest)
-
-
-def acting_flops(args, obs_dim: int, action_dim: int, states: int, climbed=None) -> float:
-    """One decision at each of so many states; climbed as in `optimize_flops`."""
-    sampling = sampling_flops(args, obs_dim, action_dim, states, args.num_samples)
-    return sampling + optimize_flops(args, obs_dim, action_dim, states, climbed=climbed)
-
-
-def distill_flops(args, obs_dim: int, action_dim: int, updates: int, num_states: int, climbed=None) -> float:
-    """Distilling updates, after drawing candidates at the distinct ones of their states.
-
-    num_states: how many there are to choose from; climbed: as in `optimize_flops`.
-    """
-    drawn = updates * args.batch_size
-    sampling = sampling_flops(args, obs_dim, action_dim, distinct(drawn, num_states), args.num_samples)
-    optimizing = optimize_flops(args, obs_dim, action_dim, drawn, args.distill_data_actions, climbed)
-    return sampling + optimizing + updates * policy_update_flops(args, obs_dim, action_dim, args.batch_size)
-
-
-def online_flops(args, obs_dim: int, action_dim: int, steps: int, num_states: int, climbed=None) -> float:
-    """A round online of so many environment steps: distilling, candidates for the critic's states, critic updates.
-
-    climbed: as in `optimize_flops`, the mean over the states of both.
-    """
-    num_distill, num_critic = updates_of_round(args, steps)
-    # Cal-QL looks at s and s', RLPD at s' alone, IQL at no candidates
-    looks = 0 if hasattr(args, "expectile") else 2 if hasattr(args, "cql_actions") else 1
-    states = distinct(looks * num_critic * args.batch_size, num_states)
-    sampling = sampling_flops(args, obs_dim, action_dim, states, args.num_samples)
-    critic = num_critic * critic_update_flops(args, obs_dim, action_dim, climbed)
-    return sampling + critic + distill_flops(args, obs_dim, action_dim, num_distill, num_states, climbed)
-
-
-def updates_of_round(args, steps: int) -> tuple[int, int]:
-    """Distilling and critic updates after so many environment steps, at least one of each."""
-    return max(1, round(steps * args.distill_ratio)), max(1, round(steps * args.utd))
-
-
-def distinct(draws: int, population: int) -> int:
-    """How many different ones are expected among so many uniform draws."""
-    return round(population * (1 - (1 - 1 / population) ** draws))
-
-
 # --- WHAT IS MEASURED ---
 
 
@@ -263,7 +128,7 @@ def build(script, args, obs_dim: int, action_dim: int, device) -> SimpleNamespac
     dataset = random_dataset(obs_dim, action_dim)
     buffer = script.ReplayBuffer(dataset, args, device)
     buffer.candidates.uniform_(-1, 1)
-    if is_transformer(args):
+    if cost.is_transformer(args):
         sizes = args.policy_bins, args.policy_layers, args.policy_width, args.policy_heads
         policy = script.TransformerPolicy(obs_dim, action_dim, *sizes).to(device)
     else:
@@ -302,7 +167,7 @@ def distill_round(script, net, args, updates: int) -> None:
 
 def online_round(script, net, args, steps: int) -> None:
     """What main() does after an episode: distill, refresh the states of the coming critic updates, and update."""
-    buffer, (num_distill, num_critic) = net.buffer, updates_of_round(args, steps)
+    buffer, (num_distill, num_critic) = net.buffer, cost.updates_of_round(args, steps)
     distill_round(script, net, args, num_distill)
     index = buffer.sample_index((num_critic, args.batch_size))
     if not net.values:
@@ -360,30 +225,34 @@ def phases(script, net, args, case: dict, steps: int) -> list[Phase]:
     few, at_once = states[: len(cached) // 4], evaluated_at_once(args)
     critic = "offline critic update" if hasattr(args, "num_offline_steps") else "critic update"
     cloning = [
-        Phase(f"cloning, batch {batch}", "update", 1, lambda _, batch=batch: policy_update_flops(args, *sizes, batch),
+        Phase(f"cloning, batch {batch}", "update", 1,
+              lambda _, batch=batch: cost.policy_update_flops(args, *sizes, batch),
               lambda batch=batch: clone_step(script, net, args, batch))
         for batch in case["cloning"] or (args.cloning_batch_size,)
     ]  # fmt: skip
     naively = [
-        Phase("caching, naively", "state", len(few), lambda _: sampling_flops(args, *sizes, len(few), args.num_samples),
+        Phase("caching, naively", "state", len(few),
+              lambda _: cost.sampling_flops(args, *sizes, len(few), args.num_samples),
               lambda: naive_sample(net.ema_policy, few, args.num_samples))
     ]  # fmt: skip
     return [
         *cloning,
-        Phase("caching", "state", len(cached), lambda _: sampling_flops(args, *sizes, len(cached), args.num_samples),
+        Phase("caching", "state", len(cached),
+              lambda _: cost.sampling_flops(args, *sizes, len(cached), args.num_samples),
               lambda: script.refresh_candidates(net.ema_policy, net.buffer, cached)),
-        *(naively if is_transformer(args) else []),
-        Phase(critic, "update", 1, lambda climbed: critic_update_flops(args, *sizes, climbed),
+        *(naively if cost.is_transformer(args) else []),
+        Phase(critic, "update", 1, lambda climbed: cost.critic_update_flops(args, *sizes, climbed),
               lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0])),
-        Phase("distilling", "update", steps, lambda climbed: distill_flops(args, *sizes, steps, len(states), climbed),
+        Phase("distilling", "update", steps,
+              lambda climbed: cost.distill_flops(args, *sizes, steps, len(states), climbed),
               lambda: distill_round(script, net, args, steps)),
         Phase("online: distill + critic", "env step", steps,
-              lambda climbed: online_flops(args, *sizes, steps, len(states), climbed),
+              lambda climbed: cost.online_flops(args, *sizes, steps, len(states), climbed),
               lambda: online_round(script, net, args, steps)),
-        Phase("online: acting", "decision", 1, lambda climbed: acting_flops(args, *sizes, 1, climbed),
+        Phase("online: acting", "decision", 1, lambda climbed: cost.acting_flops(args, *sizes, 1, climbed),
               lambda: act(script, net, args, states[:1])),
         Phase(f"evaluation: acting, {at_once}", "decision", at_once,
-              lambda climbed: acting_flops(args, *sizes, at_once, climbed),
+              lambda climbed: cost.acting_flops(args, *sizes, at_once, climbed),
               lambda: act(script, net, args, states[:at_once])),
     ]  # fmt: skip
 
@@ -474,7 +343,7 @@ def steps_of_round(args, case: dict, seconds: float, peak: float) -> int:
     """Environment steps of a round online: 8 where three such rounds take, at the peak rate, no longer than asked for,
     else 1. An episode has more, but with more its updates would share states of the random data, as they seldom do in a
     real one's."""
-    flops = online_flops(args, case["obs_dim"], case["action_dim"], 8, ROWS + ROWS // EPISODE)
+    flops = cost.online_flops(args, case["obs_dim"], case["action_dim"], 8, ROWS + ROWS // EPISODE)
     return 8 if 3 * flops / 1e9 / peak < seconds else 1
 
 

@@ -49,37 +49,37 @@ def make_batch(B, n):
 
 def test_critic_update_by_hand():
     """Multiply-adds of one member: 80 observation, 48 + 16 * 24 + 24 * 12 = 48 + 672 action."""
-    assert speed.critic_layers(TINY, OBS, ACT) == (160, 96, 1344)
+    assert speed.cost.critic_layers(TINY, OBS, ACT) == (160, 96, 1344)
     optimize = 8 * 3 * (160 + (6 + 2 * 6) * 1440)  # 8 states, 3 members; 6 ranked, 2 kept with 3 passes forward, 3 back
-    assert speed.optimize_flops(TINY, OBS, ACT, 8) == optimize
+    assert speed.cost.optimize_flops(TINY, OBS, ACT, 8) == optimize
     target = 4 * 2 * 1600
     data = 4 * 3 * (160 + 192 + 4032)
     penalty = 4 * 2 * 4 * (192 + 4032)
-    assert speed.critic_update_flops(TINY, OBS, ACT) == optimize + target + data + penalty
+    assert speed.cost.critic_update_flops(TINY, OBS, ACT) == optimize + target + data + penalty
 
 
 def test_candidates_that_are_climbed_by_hand():
     """A data action is one more to evaluate and to climb; those that cannot win cost their first gradient alone."""
     one = 3 * 1440  # a pass of all members
-    with_data = speed.optimize_flops(TINY, OBS, ACT, 1, data_action=True)
+    with_data = speed.cost.optimize_flops(TINY, OBS, ACT, 1, data_action=True)
     assert with_data == 3 * 160 + (6 + 1 + 3 * 6) * one
-    assert speed.optimize_flops(TINY, OBS, ACT, 1, True, climbed=3) == with_data
-    assert speed.optimize_flops(TINY, OBS, ACT, 1, climbed=1.5) == 3 * 160 + (6 + 2 + 1.5 * 5) * one
+    assert speed.cost.optimize_flops(TINY, OBS, ACT, 1, True, climbed=3) == with_data
+    assert speed.cost.optimize_flops(TINY, OBS, ACT, 1, climbed=1.5) == 3 * 160 + (6 + 2 + 1.5 * 5) * one
     only_rank = dataclasses.replace(TINY, num_gradient_steps=0)
-    assert speed.optimize_flops(only_rank, OBS, ACT, 1, climbed=1.5) == 3 * 160 + 6 * one
+    assert speed.cost.optimize_flops(only_rank, OBS, ACT, 1, climbed=1.5) == 3 * 160 + 6 * one
 
 
 def test_every_phase_that_climbs_counts_those_that_did():
     saved = 5 * 3 * 1440  # of 2 candidates 1 is climbed: 3 passes forward and 2 back less at a state
     for count, states in (
-        (lambda climbed: speed.critic_update_flops(TINY, OBS, ACT, climbed), 8),
-        (lambda climbed: speed.acting_flops(TINY, OBS, ACT, 3, climbed), 3),
-        (lambda climbed: speed.distill_flops(TINY, OBS, ACT, 2, 100, climbed), 8),
-        (lambda climbed: speed.online_flops(TINY, OBS, ACT, 2, 100, climbed), 24),
+        (lambda climbed: speed.cost.critic_update_flops(TINY, OBS, ACT, climbed), 8),
+        (lambda climbed: speed.cost.acting_flops(TINY, OBS, ACT, 3, climbed), 3),
+        (lambda climbed: speed.cost.distill_flops(TINY, OBS, ACT, 2, 100, climbed), 8),
+        (lambda climbed: speed.cost.online_flops(TINY, OBS, ACT, 2, 100, climbed), 24),
     ):
         assert count(2) - count(1) == states * saved
-    assert speed.critic_update_flops(TINY, OBS, ACT, 2) == speed.critic_update_flops(TINY, OBS, ACT)
-    assert speed.distill_flops(TINY, OBS, ACT, 2, 100, 3) == speed.distill_flops(TINY, OBS, ACT, 2, 100)
+    assert speed.cost.critic_update_flops(TINY, OBS, ACT, 2) == speed.cost.critic_update_flops(TINY, OBS, ACT)
+    assert speed.cost.distill_flops(TINY, OBS, ACT, 2, 100, 3) == speed.cost.distill_flops(TINY, OBS, ACT, 2, 100)
 
 
 def test_who_climbed_is_counted():
@@ -122,7 +122,7 @@ def test_acting_leaves_out_candidates_where_a_script_can_and_the_best_is_wanted(
 def test_ranking_is_what_pytorch_counts():
     critic, (obs, actions) = make_critic(TINY), make_batch(7, TINY.num_samples)
     only_rank = dataclasses.replace(TINY, num_gradient_steps=0)
-    needed = speed.optimize_flops(only_rank, OBS, ACT, 7)
+    needed = speed.cost.optimize_flops(only_rank, OBS, ACT, 7)
     assert counted(lambda: script.global_optimization(critic, obs, actions, 2)) == needed
 
 
@@ -131,10 +131,10 @@ def test_gradient_steps_are_what_pytorch_counts():
     part of the first layer."""
     critic, (obs, actions) = make_critic(TINY).requires_grad_(False), make_batch(7, TINY.num_keep)
     only_rank = dataclasses.replace(TINY, num_gradient_steps=0)
-    needed = speed.optimize_flops(TINY, OBS, ACT, 7) - speed.optimize_flops(only_rank, OBS, ACT, 7)
+    needed = speed.cost.optimize_flops(TINY, OBS, ACT, 7) - speed.cost.optimize_flops(only_rank, OBS, ACT, 7)
     # `.forward`: the counter's hooks on a module's call do not work under autograd.grad
     seen = counted(lambda: script.local_optimization(critic.forward, obs, actions, 3, 3e-4, -1.0, 1.0))
-    obs_part, action_part, rest = (7 * 3 * part for part in speed.critic_layers(TINY, OBS, ACT))
+    obs_part, action_part, rest = (7 * 3 * part for part in speed.cost.critic_layers(TINY, OBS, ACT))
     again = TINY.num_keep * (action_part + rest)
     assert needed + again <= seen <= needed + again + 4 * obs_part
 
@@ -144,22 +144,22 @@ def test_critic_loss_is_what_pytorch_counts():
     B, members = TINY.batch_size, torch.tensor([0, 2])
     critic, (obs, actions) = make_critic(TINY), make_batch(B, 5)
     returns = torch.zeros(B)
-    not_loss = speed.optimize_flops(TINY, OBS, ACT, 2 * B) + B * 2 * sum(speed.critic_layers(TINY, OBS, ACT))
-    needed = speed.critic_update_flops(TINY, OBS, ACT) - not_loss
+    not_loss = speed.cost.optimize_flops(TINY, OBS, ACT, 2 * B) + B * 2 * sum(speed.cost.critic_layers(TINY, OBS, ACT))
+    needed = speed.cost.critic_update_flops(TINY, OBS, ACT) - not_loss
 
     def loss():
         a = actions.unbind(1)
         script.calql_loss(critic, obs, a[0], returns, returns, a[1], a[2], actions[:, 3:], 0.1, members)[0].backward()
 
-    obs_part = B * speed.critic_layers(TINY, OBS, ACT)[0]
+    obs_part = B * speed.cost.critic_layers(TINY, OBS, ACT)[0]
     assert needed <= counted(loss) <= needed + obs_part * (3 + 2 * 2)  # forward 3 + 2, and 2 backward again
 
 
 def test_policy_is_what_pytorch_counts():
     policy, (obs, _) = make_policy(TINY), make_batch(7, 1)
-    assert counted(lambda: policy.sample(obs, 6)) == speed.sampling_flops(TINY, OBS, ACT, 7, 6)
+    assert counted(lambda: policy.sample(obs, 6)) == speed.cost.sampling_flops(TINY, OBS, ACT, 7, 6)
     obs, actions = make_batch(TINY.diffusion_steps, 1)  # a row for each step: no step's time features are needed twice
-    needed = speed.policy_update_flops(TINY, OBS, ACT, len(obs))
+    needed = speed.cost.policy_update_flops(TINY, OBS, ACT, len(obs))
     assert counted(lambda: policy.loss(obs, actions[:, 0]).backward()) == needed
 
 
@@ -175,9 +175,9 @@ def test_transformer_is_what_pytorch_counts():
     obs, actions = torch.randn(7, OBS), torch.rand(7, ACT) * 2 - 1
     per_pair = 2 * 2 * 2 * 16  # layers, two products, multiply and add, width: one element looking at another
     attention = 7 * per_pair * (1 + 6 * (2 + 3))  # the observation at itself; each sample's two tokens at 2 and at 3
-    needed = speed.sampling_flops(args, OBS, ACT, 7, 6)
+    needed = speed.cost.sampling_flops(args, OBS, ACT, 7, 6)
     assert counted(lambda: policy.sample(obs, 6)) in (needed, needed - attention)
-    needed = speed.policy_update_flops(args, OBS, ACT, 7)
+    needed = speed.cost.policy_update_flops(args, OBS, ACT, 7)
     seen = counted(lambda: policy.loss(obs, actions).backward())
     pairs = 1 + 2 + 3  # attention's: needed 3 passes of these; the counter sees all pairs and recomputation, or nothing
     assert needed - 7 * per_pair * 3 * pairs <= seen <= needed + 7 * per_pair * 4 * 9
@@ -193,8 +193,8 @@ def test_other_critic_updates_are_what_pytorch_counts(other):
     net = speed.build(other, args, OBS, ACT, torch.device("cpu"))
     assert len(net.buffer.states) == speed.ROWS + speed.ROWS // speed.EPISODE
     rows = torch.arange(4) * 7
-    needed = speed.critic_update_flops(args, OBS, ACT)
-    obs_part, action_part, rest = (4 * 3 * part for part in speed.critic_layers(args, OBS, ACT))
+    needed = speed.cost.critic_update_flops(args, OBS, ACT)
+    obs_part, action_part, rest = (4 * 3 * part for part in speed.cost.critic_layers(args, OBS, ACT))
     again = 4 * obs_part + 2 * (action_part + rest) if other is parl_diffusion_rlpd else 0
     seen = counted(lambda: speed.critic_step(other, net, args, rows))
     assert needed + again <= seen <= 1.01 * needed + again
@@ -203,21 +203,21 @@ def test_other_critic_updates_are_what_pytorch_counts(other):
 def test_antmaze_count():
     case = speed.CASES["antmaze"]
     args = script.Args(**script.PRESETS["antmaze"] | case["fields"])
-    needed = speed.critic_update_flops(args, 29, 8)
+    needed = speed.cost.critic_update_flops(args, 29, 8)
     assert needed == pytest.approx(0.562e12, rel=1e-3)
-    ranking = speed.optimize_flops(dataclasses.replace(args, num_gradient_steps=0), 29, 8, 512)
-    steps = speed.optimize_flops(args, 29, 8, 512) - ranking
+    ranking = speed.cost.optimize_flops(dataclasses.replace(args, num_gradient_steps=0), 29, 8, 512)
+    steps = speed.cost.optimize_flops(args, 29, 8, 512) - ranking
     loss = needed - ranking - steps
     assert [round(part / 1e12, 3) for part in (steps, ranking, loss)] == [0.474, 0.076, 0.012]
     all_members = dataclasses.replace(args, target_subset=10)  # the penalty's actions, and the target, through all ten
-    again = 512 * 10 * 10 * sum(speed.critic_layers(args, 29, 8)[1:])  # the kept actions' values
-    assert speed.critic_update_flops(all_members, 29, 8) + again == pytest.approx(0.62e12, rel=5e-3)
+    again = 512 * 10 * 10 * sum(speed.cost.critic_layers(args, 29, 8)[1:])  # the kept actions' values
+    assert speed.cost.critic_update_flops(all_members, 29, 8) + again == pytest.approx(0.62e12, rel=5e-3)
 
 
 def test_distinct():
     drawn = torch.randint(1000, (800,), generator=torch.Generator().manual_seed(0)).unique().numel()
-    assert speed.distinct(800, 1000) == pytest.approx(drawn, rel=0.05)
-    assert speed.distinct(1, 1000) == 1
+    assert speed.cost.distinct(800, 1000) == pytest.approx(drawn, rel=0.05)
+    assert speed.cost.distinct(1, 1000) == 1
 
 
 @pytest.mark.parametrize(

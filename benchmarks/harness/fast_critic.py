@@ -116,7 +116,7 @@ def climb_winners(local_optimization, q_and_gradient, critic, obs, actions, num_
 
     Over a path of T steps alpha, Q rises by at most T alpha (2 |g|)^2, g being the gradient where it begins, wherever
     |g| at most doubles on it. So what is below the best Q even then cannot win, and the best one and its Q are the same
-    as if all had climbed; on two trained critics |g| grew by no more than 1.5 and 1 to 2 of 10 could win.
+    as if all had climbed. Where |g| grows more, that may fail (--climb-all); `benchmarks/climbing.py` counts how often.
 
     The two functions are the script's, the arguments those of local_optimization; num_climb: of those that can win only
     so many of highest Q climb (all if >= m; fewer is inexact) -> actions (B, m, A), q (B, m).

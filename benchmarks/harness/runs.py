@@ -24,6 +24,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from benchmarks.harness.cli import fail, in_one_line, script_name
+from benchmarks.harness.cost import forecast, phase_flops
 from benchmarks.harness.datasets import fingerprint, trajectory_ends
 from benchmarks.harness.rollouts import SimulationDied, close, evaluate
 from benchmarks.tasks.dataset import ARRAYS, Dataset
@@ -55,7 +56,7 @@ class Run:
         """
         self.args, self.modules, self.buffer, self.stop_signal = args, modules, buffer, None
         self.progress = dict.fromkeys((*PROGRESS, "rows"), 0) | {"phase": PHASES[0], "seconds": 0.0, "evaluated": -1}
-        self.envs, self.handlers = None, {}
+        self.envs, self.handlers, self.seconds_of = None, {}, {}
         self.device, self.local, self.results, self.curve = buffer.states.device, dataset.local, {}, []
         self.data = fingerprint(dataset)
         self.folder = pathlib.Path(args.resume) if args.resume else self._make_folder()
@@ -69,8 +70,9 @@ class Run:
         self.saved_at, self.logged = time.monotonic(), (time.monotonic(), self.progress["updates"])
         self._open_logs()
         self._catch_signals()
-        trajectories = len(trajectory_ends(dataset))
-        print(f"{args.env_id}: {len(dataset)} transitions in {trajectories} trajectories ({dataset.source})")
+        ends = trajectory_ends(dataset)
+        self.longest = int(np.diff(ends, prepend=0).max())
+        print(f"{args.env_id}: {len(dataset)} transitions in {len(ends)} trajectories ({dataset.source})")
         threads = torch.get_num_threads()
         print(f"preset {args.preset} on {self.device}, {threads} threads; everything goes to {self.folder}/")
 
@@ -114,6 +116,7 @@ class Run:
         if act is None or (total == 0 and phase != "cloning"):
             measured = set()
         with tqdm(total=total, initial=first, desc=phase, unit=unit, mininterval=0.5) as bar:
+            began = time.monotonic()
             for step in range(first, total + 1):
                 if step in measured and self.progress["evaluated"] < step:
                     self.save()  # an evaluation takes long: one that is stopped begins anew, and nothing else is lost
@@ -127,10 +130,23 @@ class Run:
                     yield step
                     self.progress["step"] = step + 1
                     bar.update()
+                    began = self._tell_cost(phase, began, step - first, total)
         self.progress |= {"phase": PHASES[PHASES.index(phase) + 1], "step": 0, "evaluated": -1}
         self.logged = (time.monotonic(), self.progress["updates"])
         self.save()
         self.check_stop()
+
+    def _tell_cost(self, phase: str, began: float, steps: int, total: int) -> float:
+        """After two seconds of a phase, of which the first step does not count: what all phases will take."""
+        seconds = time.monotonic() - began
+        if steps == 0 or seconds < 2 or steps < 3 and seconds < 30 or phase in self.seconds_of:
+            return began if steps else time.monotonic()
+        self.seconds_of[phase] = seconds / steps * total
+        sizes = self.buffer.states.shape[1], self.buffer.actions.shape[1], len(self.buffer.states)
+        flops = phase_flops(self.args, *sizes, self.longest)
+        if flops.get(phase):
+            tqdm.write(forecast(flops, self.seconds_of, phase))
+        return began
 
     def each(self, description: str, parts):
         """The parts of something long that is not saved, with a progress bar; stops between two of them."""
