@@ -134,8 +134,8 @@ BOUNDS: dict[str, tuple] = {
     **dict.fromkeys(("policy_bins", "num_bins"), (2, 10**6)), "num_samples": (1, 10**6), "num_keep": (1, "num_samples"),
     **dict.fromkeys(("policy_lr", "distill_lr", "critic_lr", "gradient_step_size", "cql_alpha"), RATE),
     **dict.fromkeys(("policy_ema", "target_tau", "mixing_ratio", "distill_after"), SHARE),
-    **dict.fromkeys(("utd", "distill_ratio"), (0.0, 1e6)), "greedy_below_std": RATE, "num_gradient_steps": (0, 10**6),
-    "target_subset": (1, "ensemble_size"), "cql_actions": (0, 10**6), "expectile": (0.001, 0.999),
+    **dict.fromkeys(("utd", "distill_ratio"), (0.0, 1e6)), "greedy_below_std": RATE, "expectile": (0.001, 0.999),
+    **dict.fromkeys(("num_gradient_steps", "cql_actions", "climb_first"), (0, 10**6)), "target_subset": (1, "ensemble_size"),
     "policy_dropout": (0.0, 0.999), "discount": (0.0, 0.99999), "reward_bias": (-1e9, 1e9), "reward_min": (-1e9, 0.0),
 }  # fmt: skip
 
