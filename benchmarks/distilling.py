@@ -48,6 +48,8 @@ class Options:
     every: int = 200  # updates between two measurements; with --online: episodes
     collect: int = 10  # online episodes beside the data
     online: int = 0  # fine-tune for so many episodes, in three ways, instead
+    warmup: int = 0  # of these, episodes before the first distilling
+    anchored: bool = False  # annotate samples of the cloned policy, always
     flags: tuple[str, ...] = ()  # of the script, over those of the run: --flags utd=4 distill_lr=1e-5
     ways: tuple[str, ...] = ()  # only the ways whose names hold one of these words
     episodes: int = 50  # episodes of a measurement
@@ -190,8 +192,9 @@ def fine_tune(options: Options) -> list[dict]:
             followed.append(buffer.mc_returns[first:])
             reached.append(success)
             num_distill, num_critic = round(len(episode) * args.distill_ratio), round(len(episode) * args.utd)
-            if num_distill:
-                script.distill(policy, average, policy_optimizer, critic, buffer, num_distill, options.greedy, args)
+            if num_distill and done >= options.warmup:
+                modules = policy, average, policy_optimizer, critic, buffer
+                script.distill(*modules, num_distill, options.greedy, args, cloned if options.anchored else None)
             if num_critic:
                 index = buffer.sample_index((num_critic, args.batch_size))
                 states_ahead = torch.cat([buffer.obs_index[index], buffer.next_index[index]]).unique()
