@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import parl_diffusion_calql as script
-from benchmarks import distilling
+from benchmarks import climbing, distilling
 
 TOY = (
     "--env-id pointmaze-umaze-v0 --dataset-size 300 --threads 1 --eval-episodes 2 --num-cloning-steps 5 "
@@ -56,9 +56,9 @@ def test_online_ways_are_the_scripts_phase_3(folder, tmp_path, monkeypatch):
     """Who learns how often, at what rate, from when on; all start alike."""
     calls, distill, update = [], script.distill, script.critic_update
 
-    def watch_distill(policy, average, optimizer, critic, buffer, num_updates, greedy, args):
+    def watch_distill(policy, average, optimizer, critic, buffer, num_updates, greedy, args, sampler):
         calls.append(("distill", num_updates, len(buffer) - buffer.num_offline, optimizer.param_groups[0]["lr"]))
-        return distill(policy, average, optimizer, critic, buffer, num_updates, greedy, args)
+        return distill(policy, average, optimizer, critic, buffer, num_updates, greedy, args, sampler)
 
     def watch_update(critic, target_critic, optimizer, buffer, rows, args):
         calls.append(("critic", len(rows), len(buffer) - buffer.num_offline, optimizer.param_groups[0]["lr"]))
@@ -84,6 +84,34 @@ def test_online_ways_are_the_scripts_phase_3(folder, tmp_path, monkeypatch):
     starts = [{k: row[k] for k in ("spread", "q")} for row in rows if row["episodes"] == 0]
     assert starts[0] == starts[1] == starts[2]
     draw(rows, tmp_path)
+
+
+def test_who_is_distilled_from_what_and_from_when(folder, monkeypatch):
+    """--warmup leaves out the first episodes' distilling; --anchored draws from the cloned policy, else the present."""
+    samplers, distill = [], script.distill
+    monkeypatch.setattr(script, "distill", lambda *args: samplers.append(args[-1]) or distill(*args))
+    for anchored in (False, True):
+        options = distilling.Options(
+            run=str(folder), online=3, every=3, episodes=1, flags=("utd=0", "distill_ratio=0.1")
+        )
+        options.ways, options.warmup, options.anchored = ("both",), 2, anchored
+        distilling.fine_tune(options)
+    assert [sampler is None for sampler in samplers] == [True, False]
+
+
+def test_what_climbing_ways_come_to(folder):
+    """The exact way loses nothing; what a way costs is counted against all candidates climbing."""
+    rows = climbing.measure(str(folder), num_states=50)
+    assert len(rows) == 2 * 5 and {row["settings"] for row in rows} == {"the run's", "the paper's"}
+    for row in rows:
+        if row["way"] == "all":
+            assert row["of_full"] == 1 and row["same"] == 1 and row["moved"] == 0
+            most = row["climbed"]
+        if row["way"] == "winners":
+            assert row["of_full"] == pytest.approx(1, rel=1e-3) and row["climbed"] <= most
+        if "first 3" in row["way"]:
+            assert 1 <= row["climbed"] <= min(3, most)
+        assert row["gain"] >= -1e-5
 
 
 def test_flags_and_ways_that_are_none_are_refused(folder):
