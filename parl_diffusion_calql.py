@@ -6,7 +6,7 @@ environment. Teach them to the policy with the loss it was cloned with, so that 
 through the policy. Repeat the last three after every episode.
 
     python parl_diffusion_calql.py                                      # a small maze on a laptop: minutes
-    python parl_diffusion_calql.py --env-id antmaze-large-diverse-v2    # the paper's setting: one GPU, hours
+    python parl_diffusion_calql.py --env-id antmaze-large-diverse-v2    # the paper's setting, for one GPU
     python parl_diffusion_calql.py --env-id antmaze-umaze-v2 --preset laptop
     python parl_diffusion_calql.py --resume runs/<folder>               # continue after a stop, in any phase
 

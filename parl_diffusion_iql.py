@@ -6,7 +6,7 @@ by advantage-weighted regression, PA-RL draws actions from the policy, improves 
 gradient steps, and clones them (section 4.3), offline as well as online.
 
     python parl_diffusion_iql.py                                      # a small maze on a laptop: minutes
-    python parl_diffusion_iql.py --env-id kitchen-mixed-v2            # the paper's setting: one GPU, hours
+    python parl_diffusion_iql.py --env-id kitchen-mixed-v2            # the paper's setting, for one GPU
     python parl_diffusion_iql.py --env-id antmaze-umaze-v2 --preset laptop
     python parl_diffusion_iql.py --resume runs/<folder>               # continue after a stop, in any phase
 

@@ -6,7 +6,7 @@ which one half comes from the data and the other from what was seen online, and 
 without conservatism: a large ensemble, of which a random pair gives the target, keeps it from overestimating (RLPD).
 
     python parl_diffusion_rlpd.py                                      # a small maze on a laptop: minutes
-    python parl_diffusion_rlpd.py --env-id antmaze-large-diverse-v2    # the paper's setting: one GPU, hours
+    python parl_diffusion_rlpd.py --env-id antmaze-large-diverse-v2    # the paper's setting, for one GPU
     python parl_diffusion_rlpd.py --resume runs/<folder>               # continue after a stop, in any phase
 
 paper                                           | here

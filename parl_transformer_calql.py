@@ -6,7 +6,7 @@ others are; the improved actions, which lie between the tokens' values, are toke
 Nothing differentiates through the sampling, so that the tokens are no obstacle.
 
     python parl_transformer_calql.py                                      # a small maze on a laptop: minutes
-    python parl_transformer_calql.py --env-id antmaze-large-diverse-v2    # the paper's setting: one GPU, hours
+    python parl_transformer_calql.py --env-id antmaze-large-diverse-v2    # the paper's setting, for one GPU
     python parl_transformer_calql.py --env-id antmaze-umaze-v2 --preset laptop
     python parl_transformer_calql.py --resume runs/<folder>               # continue after a stop, in any phase
 
