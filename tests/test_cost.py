@@ -49,6 +49,9 @@ def test_the_line():
     assert cost.forecast(flops, {"cloning": 60.0}, "cloning") == (
         "on this machine the whole run takes about 1.7 h (cloning 60 s, offline 1.7 h)"
     )
+    later = cost.forecast(flops | {"online": 10.0}, {"cloning": 60.0}, "cloning")
+    assert later.endswith("about 1.7 h (cloning 60 s, offline 1.7 h, online at most 60 s)")
+    assert "at most" not in cost.forecast({"cloning": 1.0, "online": 1.0}, {"cloning": 1.0, "online": 9.0}, "online")
     line = cost.forecast(flops, {"cloning": 60.0, "offline": 30 * 24 * 3600.0}, "offline")
     assert "about 30 days (cloning 60 s, offline 30 days)" in line and "--preset laptop" in line and "GPU" in line
     assert [cost.duration(s) for s in (5, 100, 1000, 6000, 40_000, 140_000)] == [
