@@ -169,8 +169,8 @@ def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: i
 def forecast(flops: dict[str, float], measured: dict[str, float], phase: str) -> str:
     """A line on what all phases of a run take: as measured, the others by their arithmetic at the rate of `phase`.
 
-    measured: seconds of the phases so far, `phase` among them. Evaluations are not counted; online episodes are taken to
-    be as long as the data's longest trajectory until some were seen.
+    measured: seconds of the phases so far, `phase` among them. Evaluations are not counted; online episodes are taken
+    to be as long as the data's longest trajectory until some were seen.
     """
     rate = measured[phase] / flops[phase]
     times = {name: measured.get(name, rate * work) for name, work in flops.items()}
