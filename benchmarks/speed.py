@@ -59,7 +59,7 @@ import tyro  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Of this checkout, also where the scripts and their harness are another's
-COST = importlib.util.spec_from_file_location("cost", ROOT / "benchmarks" / "harness" / "cost.py")
+COST = importlib.util.spec_from_file_location("cost", ROOT / "benchmarks" / "cost.py")
 cost = importlib.util.module_from_spec(COST)
 COST.loader.exec_module(cost)
 ROWS, EPISODE = 20_000, 100  # random data: transitions, and how many a trajectory has

@@ -8,7 +8,8 @@ import parl_diffusion_calql
 import parl_diffusion_iql
 import parl_diffusion_rlpd
 import parl_transformer_calql
-from benchmarks.harness import cost, runs
+from benchmarks import cost
+from benchmarks.harness import runs
 
 SCRIPTS = [parl_diffusion_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql]
 SIZES = 29, 8, 1_000_000, 1_000  # observation, action, states, steps of an episode: AntMaze's

@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from benchmarks.cost import forecast, phase_flops
 from benchmarks.harness.cli import fail, in_one_line, script_name
-from benchmarks.harness.cost import forecast, phase_flops
 from benchmarks.harness.datasets import fingerprint, trajectory_ends
 from benchmarks.harness.rollouts import SimulationDied, close, evaluate
 from benchmarks.tasks.dataset import ARRAYS, Dataset
