@@ -3,8 +3,9 @@
     python -m benchmarks.inline parl_diffusion_calql.py > my_idea.py
 
 What comes out is the script's docstring, all imports, `Dataset`, each module of `benchmarks/harness/` that the script
-needs under a line with its name, and the script itself, unchanged but for its imports. It runs anywhere and needs
-nothing from this repository but two functions, imported in one line that says so: put your own in their place,
+needs (and `benchmarks/cost.py`, which the harness needs) under a line with its name, and the script itself, unchanged
+but for its imports. It runs anywhere and needs nothing from this repository but two functions, imported in one line that
+says so: put your own in their place,
 
     make_env(env_id, **kwargs) -> a gymnasium.Env with vector observations and box actions
     load_dataset(env_id, path, size, source=...) -> a Dataset, as defined in that file
@@ -19,6 +20,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HARNESS, DATASET, TASKS = "benchmarks.harness", "benchmarks.tasks.dataset", "benchmarks.tasks"
+PASTED = (HARNESS, "benchmarks.cost")
 REPLACE = (
     "# Replace this line by two functions of your own (see make_env and load_dataset in benchmarks/tasks/__init__.py)"
 )
@@ -65,12 +67,17 @@ def imported(tree, package: str) -> list[ast.ImportFrom]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and belongs(node.module, package)]
 
 
+def pasted(tree) -> list[ast.ImportFrom]:
+    """The imports of modules whose text is pasted."""
+    return [node for package in PASTED for node in imported(tree, package)]
+
+
 def harness_modules(tree) -> list[str]:
     """The harness modules that a module needs, those first that others need."""
     order = []
 
     def visit(tree):
-        for node in imported(tree, HARNESS):
+        for node in pasted(tree):
             names = [f"{HARNESS}.{alias.name}" for alias in node.names] if node.module == HARNESS else [node.module]
             for name in names:
                 if name not in order:
@@ -88,7 +95,7 @@ def is_import(node) -> bool:
 def body(source: str, tree, where: str) -> str:
     """A module's text without its docstring, its imports, and what it imports from this repository inside functions."""
     dropped = [node for node in tree.body if is_import(node)]
-    dropped += [node for package in (HARNESS, DATASET) for node in imported(tree, package)]
+    dropped += pasted(tree) + imported(tree, DATASET)
     if ast.get_docstring(tree) is not None:
         dropped.append(tree.body[0])
     lines, gone = source.splitlines(), {i for node in dropped for i in range(node.lineno, node.end_lineno + 1)}
@@ -106,7 +113,7 @@ def bindings(tree, where: str) -> dict[str, str]:
     for node in filter(is_import, tree.body):
         for alias in node.names:
             module = node.module if isinstance(node, ast.ImportFrom) else alias.name
-            ours = isinstance(node, ast.ImportFrom) and (belongs(module, HARNESS) or belongs(module, TASKS))
+            ours = isinstance(node, ast.ImportFrom) and any(belongs(module, package) for package in (*PASTED, TASKS))
             if module == "__future__" or alias.name == "*" or getattr(node, "level", 0):
                 fail(f"{where} has an import that cannot be pasted elsewhere: {ast.unparse(node)}")
             if belongs(module, "benchmarks") and (not ours or node.module == HARNESS or alias.asname):

@@ -324,7 +324,8 @@ def checkout(folder: pathlib.Path, script: str) -> pathlib.Path:
     """A copy of what a script needs of this repository, and that script."""
     for part in ("harness", "tasks"):
         shutil.copytree(ROOT / "benchmarks" / part, folder / "benchmarks" / part, ignore=lambda *_: ["__pycache__"])
-    (folder / "benchmarks" / "__init__.py").touch()
+    for part in ("__init__.py", "cost.py"):
+        shutil.copy(ROOT / "benchmarks" / part, folder / "benchmarks" / part)
     (folder / "parl_diffusion_calql.py").write_text(script)
     return folder
 
