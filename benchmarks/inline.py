@@ -4,8 +4,8 @@
 
 What comes out is the script's docstring, all imports, `Dataset`, each module of `benchmarks/harness/` that the script
 needs (and `benchmarks/cost.py`, which the harness needs) under a line with its name, and the script itself, unchanged
-but for its imports. It runs anywhere and needs nothing from this repository but two functions, imported in one line that
-says so: put your own in their place,
+but for its imports. It runs anywhere and needs nothing from this repository but two functions, imported in one line
+that says so: put your own in their place,
 
     make_env(env_id, **kwargs) -> a gymnasium.Env with vector observations and box actions
     load_dataset(env_id, path, size, source=...) -> a Dataset, as defined in that file
