@@ -6,9 +6,8 @@ same counts. args are those of a script.
 
 TIME_DIM = 128  # features of a denoising step, as in `DiffusionPolicy`
 DAY = 24 * 3600.0
-USUALLY_CLIMB = (
-    2.0  # of a state's candidates, where those that cannot win are left out (1 to 3.4 in benchmarks/climbing)
-)
+# Of a state's candidates, where those that cannot win are left out (1 to 3.4 in benchmarks/climbing)
+USUALLY_CLIMB = 2.0
 
 
 def critic_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int]:

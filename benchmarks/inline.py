@@ -73,7 +73,7 @@ def pasted(tree) -> list[ast.ImportFrom]:
 
 
 def harness_modules(tree) -> list[str]:
-    """The harness modules that a module needs, those first that others need."""
+    """The pasted modules that a module needs, those first that others need."""
     order = []
 
     def visit(tree):
