@@ -69,7 +69,7 @@ def task_family(env_id: str, presets) -> str:
 def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = None):
     """The command line, over the preset, over the defaults; with --resume, over the saved run."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # these three decide the others' defaults
-    for flags, default in ((("--env-id", "--env_id"), RunArgs.env_id), (("--preset",), "auto"), (("--resume",), "")):
+    for flags, default in ((("--env-id", "--env_id"), args_class.env_id), (("--preset",), "auto"), (("--resume",), "")):
         first.add_argument(*flags, default=default)
     given = first.parse_known_args(argv)[0]
     if given.resume:
@@ -92,7 +92,7 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
 # What a resumed run may change: where things lie and how it is watched, not what is learned.
 FREE = {
     "track", "wandb_project", "capture_video", "checkpoint_seconds", "device", "threads", "eval_processes", "runs",
-    "dataset_path", "dataset_source",
+    "dataset_path", "dataset_source", "serve", "serve_host", "ray", "num_cache_workers",
 }  # fmt: skip
 
 

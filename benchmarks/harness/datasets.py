@@ -93,7 +93,7 @@ def trajectory_ends(dataset) -> np.ndarray:
 def flagged(dataset) -> np.ndarray:
     """Rows (N,) whose flags end a trajectory; the last one always does."""
     ends = dataset.terminals | dataset.timeouts
-    ends[-1] = True
+    ends[-1:] = True
     return ends
 
 

@@ -71,7 +71,7 @@ class Run:
         self._open_logs()
         self._catch_signals()
         ends = trajectory_ends(dataset)
-        self.longest = int(np.diff(ends, prepend=0).max())
+        self.longest = int(np.diff(ends, prepend=0).max(initial=0))
         print(f"{args.env_id}: {len(dataset)} transitions in {len(ends)} trajectories ({dataset.source})")
         threads = torch.get_num_threads()
         print(f"preset {args.preset} on {self.device}, {threads} threads; everything goes to {self.folder}/")

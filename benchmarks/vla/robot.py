@@ -1,0 +1,144 @@
+"""The robot as a policy and a critic see it: actions normalised, one vector for an observation; and its episodes.
+
+Everywhere else an action is what OpenVLA calls normalised: six motions of which -1 and 1 are a robot's 1st and 99th
+percentile, and the gripper from 0 (closed) to 1 (open). Only here is it turned into metres and radians and back.
+"""
+
+import pathlib
+import zipfile
+
+import gymnasium as gym
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.harness.cli import fail
+from benchmarks.harness.rollouts import check_rewards, succeeded
+from benchmarks.harness.runs import write_atomically
+from benchmarks.tasks.dataset import Dataset
+
+
+def unnormalize(actions, statistics):
+    """Normalised actions (..., 7) -> what the robot takes; where no mask is set (the gripper) that is the same."""
+    q01, q99, mask = (statistics[name] for name in ("q01", "q99", "mask"))
+    return np.where(mask, 0.5 * (np.asarray(actions) + 1) * (q99 - q01) + q01, actions)
+
+
+def normalize(actions, statistics):
+    """The inverse of `unnormalize`."""
+    q01, q99, mask = (statistics[name] for name in ("q01", "q99", "mask"))
+    return np.where(mask, 2 * (np.asarray(actions) - q01) / np.where(mask, q99 - q01, 1) - 1, actions)
+
+
+def resize(image, size: int) -> np.ndarray:
+    """uint8 (H, W, 3) -> (size, size, 3) by PIL's bicubic filter, which OpenVLA was trained with; torch's differs."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+class RobotEnv(gym.Wrapper):
+    """A robot (observations `image` (H, W, 3) uint8 and `proprio` (7,), actions in its own units) for a VLA.
+
+    An observation is one uint8 vector, so that all of the harness can carry it: the image at the policy's size, then at
+    the critic's, then the bytes of proprio; `unpack` takes it apart. Actions are normalised; info["executed"] says what
+    the robot made of one, normalised as well, and not clipped.
+    """
+
+    def __init__(self, env, statistics, policy_size: int, critic_size: int):
+        super().__init__(env)
+        self.statistics, self.sizes = statistics, (policy_size, critic_size)
+        length = sum(3 * size**2 for size in self.sizes) + 28
+        self.observation_space = gym.spaces.Box(0, 255, (length,), np.uint8)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
+
+    def pack(self, obs) -> np.ndarray:
+        images = [resize(obs["image"], size).transpose(2, 0, 1).ravel() for size in self.sizes]
+        return np.concatenate([*images, np.asarray(obs["proprio"], np.float32).view(np.uint8)])
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.pack(obs), info
+
+    def step(self, action):
+        asked = unnormalize(action, self.statistics).astype(np.float32)
+        obs, reward, terminated, truncated, info = self.env.step(asked)
+        executed = normalize(info.get("executed", asked), self.statistics).astype(np.float32)
+        return self.pack(obs), reward, terminated, truncated, info | {"executed": executed}
+
+
+def unpack(obs, policy_size: int, critic_size: int):
+    """Packed observations (B, O), of any type -> images for the policy and for the critic, uint8 (B, 3, H, W), and
+    proprio float32 (B, 7).
+    """
+    large, small, proprio = obs.to(torch.uint8).split([3 * policy_size**2, 3 * critic_size**2, 28], 1)
+    shape = (-1, 3, policy_size, policy_size), (-1, 3, critic_size, critic_size)
+    return large.reshape(shape[0]), small.reshape(shape[1]), proprio.contiguous().view(torch.float32)
+
+
+def collect(env, act, seed: int, run) -> tuple[dict[str, np.ndarray], bool]:
+    """One episode of `act` (obs (1, O) -> normalised (1, 7)) of N steps, and whether it reached the goal.
+
+    Returns `obs` (N + 1, O) uint8, packed, each image once; `actions` (N, 7), as executed; `rewards` (N,); `terminals`
+    (N,) bool.
+    """
+    obs, info = env.reset(seed=seed % 2**32)
+    rows, done, success = {"obs": [obs], "actions": [], "rewards": [], "terminals": []}, False, False
+    while not done:
+        run.check_stop()
+        action = act(torch.as_tensor(obs, device=run.device)[None])[0].cpu().numpy()
+        obs, reward, terminated, truncated, info = env.step(action)
+        for name, value in zip(rows, (obs, info["executed"], reward, terminated)):
+            rows[name].append(value)
+        success = success or bool(succeeded(info))
+        done = terminated or truncated
+    check_rewards(min(rows["rewards"]), max(rows["rewards"]), run.args, "an episode")
+    kinds = {"obs": np.uint8, "actions": np.float32, "rewards": np.float32, "terminals": bool}
+    return {name: np.array(rows[name], kind) for name, kind in kinds.items()}, success
+
+
+def as_episode(demonstration: dict, env: RobotEnv) -> dict[str, np.ndarray]:
+    """What `collect` returns, of a demonstration with `image`, `proprio`, and `actions` in the robot's units."""
+    frames = [dict(image=i, proprio=p) for i, p in zip(demonstration["image"], demonstration["proprio"])]
+    rest = {name: demonstration[name] for name in ("rewards", "terminals")}
+    actions = normalize(demonstration["actions"], env.statistics).astype(np.float32)
+    return {"obs": np.array([env.pack(frame) for frame in frames]), "actions": actions} | rest
+
+
+def no_data(source: str) -> Dataset:
+    """The dataset of a run that begins without one."""
+    none, flags = np.zeros((0, 7), np.float32), np.zeros(0, bool)
+    return Dataset(none, none, none[:, 0], none, flags, flags, source=source)
+
+
+def write_arrays(path: pathlib.Path, **arrays) -> None:
+    """A compressed .npz, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        fail(f"{path} is damaged ({str(error).splitlines()[0]}); remove it and --resume, and it will be made anew")
+
+
+def episode_file(run, number: int) -> pathlib.Path:
+    return run.folder / "episodes" / f"{number:05}.npz"
+
+
+def get_episode(env, act, number: int, version: str, run) -> tuple[dict[str, np.ndarray], bool]:
+    """Episode `number` of a run, as `collect` returns it: from its file, if this version of the policy acted in it (the
+    run was stopped after it, and a robot's time is dear), else collected and written there.
+    """
+    path = episode_file(run, number)
+    if path.is_file():
+        saved = read_arrays(path)
+        if str(saved.pop("version")) == version:
+            return saved, bool(saved.pop("success"))
+    with torch.random.fork_rng():  # so that a resumed run draws the same later
+        torch.manual_seed(run.args.seed * 100_003 + number)
+        episode, success = collect(env, act, run.args.seed * 100_003 + number, run)
+    write_arrays(path, **episode, version=version, success=success)
+    return episode, success

@@ -1,0 +1,84 @@
+"""Objects in Ray processes, here or on a cluster, which answer questions and are replaced when they die.
+
+Ray pickles what it sends between its own processes: let only machines you trust into its cluster. On other machines
+this repository must be importable, and a checkpoint must lie where it lies here.
+"""
+
+import collections
+import os
+import pathlib
+
+from benchmarks.harness.cli import fail
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+MOST_DEATHS = 3  # of the workers asked one question
+
+
+class Pool:
+    """`num` actors, each `make(*args)`, with one question at a time before it."""
+
+    def __init__(self, num: int, address: str, make, args: tuple, gpus: float = 0.0):
+        """address: of a Ray cluster, empty: a new one on this machine. gpus: share of a GPU that each worker gets."""
+        try:
+            import ray
+        except ImportError:
+            fail("--num-cache-workers needs Ray: pip install ray")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            if address:
+                ray.init(address=address, **options)
+            else:
+                ray.init(num_cpus=num, include_dashboard=False, **options)
+        except Exception as error:  # of Ray's many kinds
+            where = f"--ray {address}" if address else "a Ray cluster on this machine"
+            fail(f"{where} cannot be reached or started ({(str(error).strip().splitlines() or [repr(error)])[0]})")
+        self.ray, self.actor = ray, ray.remote(num_cpus=1, num_gpus=gpus)(make)
+        self.args, self.waiting, self.asked = args, collections.deque(), {}
+        self.deaths = collections.Counter()
+        self.idle = [self.actor.remote(*args) for _ in range(num)]
+
+    def share(self, value):
+        """Put a value where all workers find it, once."""
+        return self.ray.put(value)
+
+    def submit(self, questions: dict) -> None:
+        """By name: the method and its arguments. What was asked before and is not answered is forgotten."""
+        self.waiting = collections.deque(questions.items())
+        self.wanted = dict(questions)
+        self._ask()
+
+    def _ask(self) -> None:
+        while self.waiting and self.idle:
+            name, (method, *args) = self.waiting.popleft()
+            actor = self.idle.pop()
+            self.asked[getattr(actor, method).remote(*args)] = (name, actor)
+
+    def busy(self) -> bool:
+        return bool(self.wanted)
+
+    def results(self, wait: bool) -> list[tuple]:
+        """(name, answer) of what was answered since; with `wait`, of at least a second. The dead are replaced."""
+        ready, _ = self.ray.wait(list(self.asked), num_returns=1, timeout=1.0 if wait else 0.0)
+        answers = []
+        for reference in ready:
+            name, actor = self.asked.pop(reference)
+            try:
+                answer = self.ray.get(reference)
+            except self.ray.exceptions.RayActorError as error:
+                self.deaths[name] += 1
+                if self.deaths[name] == MOST_DEATHS:
+                    raise RuntimeError(f"{MOST_DEATHS} cache workers died over episode {name} ({error})") from error
+                actor = self.actor.remote(*self.args)
+                if name in self.wanted:
+                    self.waiting.appendleft((name, self.wanted[name]))
+            else:
+                if self.wanted.pop(name, None) is not None:
+                    answers.append((name, answer))
+            self.idle.append(actor)
+        self._ask()
+        return answers
+
+    def close(self) -> None:
+        self.ray.shutdown()

@@ -1,0 +1,1124 @@
+"""PA-RL + Cal-QL for OpenVLA, a 7B vision-language-action model, on a WidowX arm: section 5.2.2 of arXiv 2412.06685.
+
+A generalist policy that was never trained for the task tries it some fifty times. A small critic is trained on those
+episodes and on candidate actions that the big policy was asked for once and that were kept. From then on the robot does
+what the critic likes best among the policy's samples, improved by gradient steps on the action; what it likes is taught
+to the policy by supervised learning through LoRA adapters; and the candidates are drawn anew. No gradient passes from
+the critic through the policy, to which PA-RL says only `sample` and `loss`.
+
+    python parl_openvla_real.py                                       # a tiny VLA and a simulated arm: a laptop
+    python parl_openvla_real.py --preset default --checkpoint openvla/openvla-7b --env-id widowx-real
+    python parl_openvla_real.py --resume runs/<folder>                # continue after a stop, in any phase
+    python parl_openvla_real.py --resume runs/<folder> --serve 8000   # OpenVLA's REST protocol, with what was learned
+
+paper                                              | here
+---------------------------------------------------|------------------------------------------------------------
+sec. 3        autoregressive policy                | OpenVLA.sample_tokens, encode_actions
+sec. 5.2.2    LoRA of rank 32                      | add_lora
+app. B.1      Q-network from images                | random_shift, PixelCritic
+eq. 4.1       keep the m best of k samples         | global_optimization
+eq. 4.2       gradient ascent on the action        | local_optimization
+alg. 1        action optimization                  | optimize_actions
+eq. 4.3       which optimized action to take       | select_actions
+eq. 3.3       Cal-QL: TD + calibrated penalty      | td_target, calql_loss, monte_carlo_returns
+sec. 5.2.2    cache of candidates and its workers  | CacheWorker, refresh
+app. B.1      argmax or samples                    | choose_greedy_distillation
+eq. 4.4       dataset of optimized actions         | distill_lora
+sec. 5.2.2    zero-shot, offline, online           | main: before phase 2, phases 2 and 3
+
+The first ten minutes: `optimize_actions`, `VLAPolicy.sample`, `VLAPolicy.loss`, `refresh`, `distill_lora` and `main`.
+The model is written out in plain PyTorch and reads the published weights; what the other scripts have too stands here
+in the same words. `benchmarks/vla/` holds files and wires: checkpoints, the robot's units, Ray, the REST server.
+
+Never run here: the published weights, the real robot. With `--checkpoint tiny` a small random VLA is first cloned on
+scripted demonstrations; it stands for the pre-trained model. On a GPU weights are bfloat16, adapters float32.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import math
+import pathlib
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.harness.cli import RunArgs, fail, parse_args, run_program, start_torch
+from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, in_parts
+from benchmarks.harness.pictures import finish
+from benchmarks.harness.rollouts import check_optional_parts, make_vector_env
+from benchmarks.harness.runs import Run
+from benchmarks.tasks import make_env
+from benchmarks.tasks.widowx import collect_demonstrations
+from benchmarks.vla import checkpoint as files
+from benchmarks.vla.robot import (
+    RobotEnv,
+    as_episode,
+    episode_file,
+    get_episode,
+    no_data,
+    read_arrays,
+    unpack,
+    write_arrays,
+)  # fmt: skip
+from benchmarks.vla.server import serve
+from benchmarks.vla.workers import Pool
+
+
+# --- ARGUMENTS ---
+@dataclass
+class Args(RunArgs):
+    """PA-RL + Cal-QL for OpenVLA. Defaults shown are those of the preset in force."""
+
+    env_id: str = "widowx-sim-vegetable-v0"  # widowx-real, widowx-sim-{vegetable,cup,pot}-v0
+    plain: bool = True  # always: the harness's fast critic knows vectors only
+    # policy and robot
+    checkpoint: str = "tiny"  # folder or hub id of OpenVLA's weights; tiny: a small random one, cloned first
+    unnorm_key: str = "bridge_orig"  # robot whose action statistics are used
+    instruction: str = ""  # what the robot is told; empty: the simulated task's own
+    camera_size: int = 256  # pixels of the camera's image
+    max_steps: int = 60  # actions of an episode before it is cut (release: 200)
+    robot_host: str = "localhost"  # where the real robot's server is
+    robot_port: int = 5556  # and its port
+    reward: str = "keyboard"  # on the real robot: the operator says, or a program `module:function`
+    serve: int = 0  # with --resume: do not train, answer OpenVLA's REST protocol on this port
+    serve_host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: anybody's requests
+    # phases
+    num_demonstrations: int = 0  # tiny: scripted episodes to clone
+    num_cloning_steps: int = 0  # tiny, phase 1: updates of the whole policy
+    num_zero_shot: int = 50  # episodes of the policy as it is, from which the critic learns first
+    num_offline_steps: int = 10_000  # phase 2: updates of the critic (our choice)
+    num_online_episodes: int = 40  # phase 3: episodes; the paper's took 40 minutes
+    # distilling
+    lora_rank: int = 32  # of the adapters
+    cloning_lr: float = 1e-3  # Adam, tiny only
+    cloning_batch_size: int = 64  # tiny only
+    distill_lr: float = 2e-5  # Adam
+    distill_batch_size: int = 16  # states
+    distill_ratio: float = 1.0  # distilling updates per environment step
+    distill_selection: Literal["auto", "greedy", "sample"] = "auto"  # teach the best candidate, or draws from eq. 4.3
+    greedy_below_std: float = 1.0  # auto: greedy if the candidates' Q differ less (offline, standard deviation)
+    distill_data_actions: bool = True  # alg. 1's a_data(s) is one more candidate when distilling
+    # critic
+    critic_image: int = 100  # pixels of what it sees
+    encoder_width: int = 64  # channels of the ResNet's first stage, doubled in each
+    encoder_blocks: tuple[int, ...] = (2, 2, 2, 2)  # residual blocks of each stage: ResNet-18
+    use_proprio: bool = False  # show it the arm's state, too
+    ensemble_size: int = 10  # members of the critic behind one encoder
+    target_subset: int = 2  # members whose minimum is the TD target, and members penalised: both drawn anew each update
+    critic_hidden: tuple[int, ...] = (512, 512, 512)  # hidden layers
+    critic_loss: Literal["hl_gauss", "mse"] = "mse"  # classification over bins of the value, or regression
+    num_bins: int = 128  # bins of hl_gauss
+    critic_lr: float = 3e-4  # Adam
+    batch_size: int = 256  # transitions of a critic update
+    target_tau: float = 0.005  # rate of the target critic
+    cql_alpha: float = 0.01  # weight of the Cal-QL penalty
+    cql_actions: int = 4  # random actions in its logsumexp
+    utd: float = 1.0  # critic updates per environment step, online
+    # action optimization
+    num_samples: int = 16  # k, candidates drawn from the policy (release: 8)
+    num_keep: int = 10  # m, candidates kept by rank (release: 4)
+    num_gradient_steps: int = 10  # T, gradient steps on each kept action; 0: rank only
+    gradient_step_size: float = 3e-4  # alpha of equation 4.2
+    keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
+    climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
+    climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
+    greedy_rollouts: bool = False  # act with the best candidate (release); else draw from equation 4.3
+    sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release)
+    # candidate cache
+    num_cache_workers: int = 0  # processes that draw candidates (the paper: 12); 0: the trainer does
+    ray: str = ""  # address of the Ray cluster they run on; empty: this machine
+    cache_batch: int = 16  # states at a time
+
+
+# Defaults are the paper's (section 5.2.2, appendix B.1) and, where it is silent, the release's; but for the numbers of
+# updates and episodes, which are our choice. `widowx` is sized for two CPU cores and the tiny model.
+PRESETS: dict[str, dict] = {
+    "default": {},
+    "widowx": dict(
+        num_demonstrations=60, num_cloning_steps=1_500, num_zero_shot=30, num_offline_steps=1_000,
+        num_online_episodes=30, eval_episodes=20, num_offline_evals=1, num_online_evals=3, log_every=50,
+        camera_size=112, max_steps=40, distill_lr=2e-4, distill_ratio=0.5, critic_image=56, encoder_width=16,
+        encoder_blocks=(1, 1, 1), ensemble_size=2, critic_hidden=(128, 128), critic_lr=5e-4, batch_size=64,
+        discount=0.97, target_tau=0.02, num_samples=8, num_keep=4, num_gradient_steps=2, gradient_step_size=0.01,
+        lora_rank=8, cache_batch=64),
+}  # fmt: skip
+
+
+# --- OPENVLA ---
+@dataclass(frozen=True)
+class Sizes:
+    """Of OpenVLA's networks; the defaults are openvla-7b's. A tower or language model: width, layers, heads, hidden."""
+
+    image: int = 224
+    dino: tuple[int, ...] = (1024, 24, 16, 4096)
+    siglip: tuple[int, ...] = (1152, 27, 16, 4304)
+    llama: tuple[int, ...] = (4096, 32, 32, 11008)
+    projector: int = 8704  # of openvla-7b four times both towers' widths
+    vocabulary: int = 32064  # its last 64 are padding; the 256 before those are the action tokens
+    rms_eps: float = 1e-6
+    empty_token: int = 29871  # Llama's token for a lone space, which comes before the first action token
+
+    @property
+    def last_action(self) -> int:
+        return self.vocabulary - 64  # an action token is this minus a bin from 1 to 256
+
+
+TINY = Sizes(112, (64, 4, 4, 128), (64, 4, 4, 128), (128, 3, 4, 256), 256, 1088, empty_token=2)
+EOS, NUM_BINS, ACTION_DIM, PATCH = 2, 256, 7, 14
+# Weights of the published checkpoint that the forward pass does not touch
+UNUSED = re.compile(r"vision_backbone\.(fused_)?featurizer\.(norm\.|attn_pool\.|blocks\.\d+\.)")
+# Mean and standard deviation of the two towers' pixels: DINOv2's are ImageNet's
+PIXEL_MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)
+PIXEL_STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
+
+
+def to_pixels(images):
+    """What both towers see of images, uint8 (B, 3, H, W) at the model's size -> float32 (B, 6, H, W), DINOv2 first."""
+    mean, std = (torch.tensor(t, device=images.device).view(6, 1, 1) for t in (PIXEL_MEAN, PIXEL_STD))
+    return (torch.cat([images, images], 1).float() / 255 - mean) / std
+
+
+def perceptron(*widths):
+    """Linear layers fc1, fc2, ... with the exact GELU between them."""
+    layers = OrderedDict()
+    for i, (inside, outside) in enumerate(zip(widths, widths[1:]), 1):
+        layers |= {f"fc{i}": nn.Linear(inside, outside), f"gelu{i}": nn.GELU()}
+    layers.popitem()
+    return nn.Sequential(layers)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.scale_factor = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.scale_factor
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, width, heads, hidden, layer_scale):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), VisionAttention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), perceptron(width, hidden, width)
+        self.ls1, self.ls2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTower(nn.Module):
+    """A vision transformer up to its second-to-last block: DINOv2 (with 5 tokens beside the patches) or SigLIP."""
+
+    def __init__(self, image, width, layers, heads, hidden, dino: bool):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (image // PATCH) ** 2, width))
+        self.cls_token, self.reg_token = None, None
+        if dino:
+            self.cls_token, self.reg_token = (nn.Parameter(0.02 * torch.randn(1, n, width)) for n in (1, 4))
+        self.blocks = nn.ModuleList(VisionBlock(width, heads, hidden, dino) for _ in range(layers - 1))
+
+    def forward(self, pixels, checkpointed=False):
+        """pixels (B, 3, H, W) -> patch features (B, patches, width), without a final norm."""
+        x = self.patch_embed["proj"](pixels).flatten(2).mT + self.pos_embed
+        if self.cls_token is not None:  # these have no position
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = run_block(block, checkpointed, x)
+        return x if self.cls_token is None else x[:, 5:]
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x, rotation, mask, cache, start):
+        """x (B, T, D); mask (T, start + T) or None: causal. cache (2, B, heads, >= start + T, d) is filled in place."""
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            end = start + x.shape[1]
+            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
+            k, v = cache[:, :, :, :end]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, width, heads, hidden, eps):
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
+        self.self_attn, self.mlp = LlamaAttention(width, heads), LlamaMLP(width, hidden)
+
+    def forward(self, x, rotation, mask, cache, start):
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Llama 2: embeddings, blocks, final norm."""
+
+    def __init__(self, width, layers, heads, hidden, vocabulary, eps):
+        super().__init__()
+        self.embed_tokens, self.norm = nn.Embedding(vocabulary, width), nn.RMSNorm(width, eps)
+        self.layers = nn.ModuleList(LlamaBlock(width, heads, hidden, eps) for _ in range(layers))
+
+    def forward(self, x, positions, mask=None, caches=None, start=0, checkpointed=False):
+        """x (B, T, D) embedded, positions (T,) -> hidden (B, T, D). caches: one for each layer, filled up to start."""
+        rotation = rotary_embedding(positions, x.shape[-1] // self.layers[0].self_attn.heads, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = run_block(layer, checkpointed, x, rotation, mask, None if caches is None else caches[i], start)
+        return self.norm(x)
+
+
+def run_block(block, checkpointed: bool, *inputs):
+    """The block; if checkpointed its activations are computed again in the backward pass instead of being kept."""
+    return checkpoint(block, *inputs, use_reentrant=False) if checkpointed else block(*inputs)
+
+
+def rotary_embedding(positions, head_dim, dtype):
+    """Cosine and sine (T, head_dim) of Llama's rotary embedding, theta 10,000, halves laid side by side."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
+    angles = positions[:, None] * 10_000.0**-exponents
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class OpenVLA(nn.Module):
+    """DINOv2 and SigLIP, a projector, and Llama 2; parameters are named as in the published checkpoint."""
+
+    def __init__(self, sizes: Sizes):
+        super().__init__()
+        self.sizes, width = sizes, sizes.llama[0]
+        towers = {"featurizer": VisionTower(sizes.image, *sizes.dino, True),
+                  "fused_featurizer": VisionTower(sizes.image, *sizes.siglip, False)}  # fmt: skip
+        self.vision_backbone = nn.ModuleDict(towers)
+        self.projector = perceptron(sizes.dino[0] + sizes.siglip[0], sizes.projector, width, width)
+        model, head = (
+            Llama(*sizes.llama, sizes.vocabulary, sizes.rms_eps),
+            nn.Linear(width, sizes.vocabulary, bias=False),
+        )
+        self.language_model = nn.ModuleDict({"model": model, "lm_head": head})
+
+    def vision_features(self, images, checkpointed=False):
+        """images uint8 (B, 3, H, W), or pixels (B, 6, H, W) -> (B, patches, DINOv2's width + SigLIP's)."""
+        pixels = to_pixels(images) if images.dtype == torch.uint8 else images
+        pixels = pixels.to(self.vision_backbone["featurizer"].pos_embed.dtype)
+        dino, siglip = pixels.split(3, 1)
+        towers = self.vision_backbone
+        return torch.cat(
+            [towers["featurizer"](dino, checkpointed), towers["fused_featurizer"](siglip, checkpointed)], -1
+        )
+
+    def embed(self, images, tokens, checkpointed=False):
+        """Llama's input (B, patches + T, D) for tokens (B, T), BOS first: the patches stand behind it."""
+        patches = self.projector(self.vision_features(images, checkpointed))
+        words = self.language_model["model"].embed_tokens(tokens)
+        return torch.cat([words[:, :1], patches, words[:, 1:]], 1)
+
+    def logits(self, images, tokens, last: int, checkpointed=False):
+        """Of the token behind each of the `last` positions, teacher-forced: float32 (B, last, vocabulary)."""
+        x = self.embed(images, tokens, checkpointed)
+        positions = torch.arange(x.shape[1], device=x.device)
+        hidden = self.language_model["model"](x, positions, checkpointed=checkpointed)
+        return self.language_model["lm_head"](hidden[:, -last:]).float()
+
+    def action_logits(self, hidden):
+        """(..., D) -> float32 (..., 256) over the action tokens alone, in the order of their ids."""
+        last = self.sizes.last_action
+        return self.language_model["lm_head"](hidden)[..., last - NUM_BINS : last].float()
+
+    @torch.no_grad()
+    def sample_tokens(self, images, prompt, num_samples, pick):
+        """num_samples action sequences for each image, (B, n, 7), from one pass over image and prompt.
+
+        The samples' tokens stand behind the prompt as n "positions" of one sequence which share the position id, the
+        image and the prompt's keys and values: each attends to the prefix and to its own earlier tokens only.
+
+        images as in `vision_features`; prompt (P,) ids; pick: logits (B, n, 256) -> which action token (B, n),
+        counted from the first; so are the tokens returned.
+        """
+        model, n, B = self.language_model["model"], num_samples, len(images)
+        x = self.embed(images, prompt.expand(B, -1))
+        width, layers, heads, _ = self.sizes.llama
+        P, D = x.shape[1:]
+        caches = x.new_empty(layers, 2, B, heads, P + (ACTION_DIM - 1) * n, width // heads)
+        hidden = model(x, torch.arange(P, device=x.device), None, caches)[:, -1:].expand(B, n, D)
+        prefix, own = x.new_ones(n, P, dtype=torch.bool), torch.eye(n, dtype=torch.bool, device=x.device)
+        chosen = [pick(self.action_logits(hidden))]
+        for step in range(1, ACTION_DIM):
+            x = model.embed_tokens(chosen[-1] + self.sizes.last_action - NUM_BINS)
+            mask = torch.cat([prefix, own.repeat(1, step)], 1)
+            position = torch.full((n,), P + step - 1, device=x.device)
+            hidden = model(x, position, mask, caches, P + (step - 1) * n)
+            chosen.append(pick(self.action_logits(hidden)))
+        return torch.stack(chosen, 2)
+
+
+# --- ACTION TOKENS ---
+def action_values(device=None):
+    """The normalised action that each of the 256 action tokens stands for, in the order of their ids: float32 (256,).
+
+    Tokens number 256 bins from the highest down; a bin's value is its centre, and +1, a bin of its own when encoding,
+    has the last centre (as published).
+    """
+    edges = torch.linspace(-1, 1, NUM_BINS, dtype=torch.float64, device=device)
+    centers = (edges[:-1] + edges[1:]) / 2
+    return torch.cat([centers, centers[-1:]]).flip(0).float()
+
+
+def encode_actions(actions, sizes: Sizes):
+    """Token ids of normalised actions (...); what lies outside [-1, 1] gets the outermost token."""
+    edges = torch.linspace(-1, 1, NUM_BINS, dtype=torch.float64, device=actions.device)
+    return sizes.last_action - torch.bucketize(actions.double().clamp(-1, 1), edges, right=True)
+
+
+def decode_tokens(tokens, sizes: Sizes):
+    """Normalised actions, float32, of token ids (...).
+
+    Raises:
+        ValueError: an id is none of the 256 action tokens.
+    """
+    index = tokens - (sizes.last_action - NUM_BINS)
+    wrong = tokens[(index < 0) | (index >= NUM_BINS)]
+    if len(wrong):
+        first = sizes.last_action - NUM_BINS
+        raise ValueError(f"token {wrong[0].item()} is no action; those are {first} to {sizes.last_action - 1}")
+    return action_values(tokens.device)[index]
+
+
+# --- LORA ---
+def add_lora(model: OpenVLA, rank: int) -> None:
+    """Freeze the model and give every linear and convolutional layer that is used a float32 adapter (LoRA, alpha 16).
+
+    The layers are named one by one: what peft's "all-linear" means changes with its versions.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    model.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=16, lora_dropout=0.0, init_lora_weights="gaussian", target_modules=names)
+    inject_adapter_in_model(config, model)
+    for parameter in adapters(model).values():
+        parameter.data = parameter.data.float()
+
+
+def adapters(model) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+# --- VLA POLICY ---
+class VLAPolicy:
+    """OpenVLA under one instruction. To PA-RL it is `sample` and `loss`, of images at the model's size."""
+
+    def __init__(self, model: OpenVLA, tokenize, instruction: str, top_k: int = 50):
+        self.model, self.tokenize, self.top_k = model, tokenize, top_k
+        self.device = model.language_model["model"].norm.weight.device
+        self.set_instruction(instruction)
+
+    def set_instruction(self, instruction: str) -> None:
+        if not instruction.strip():
+            fail("the instruction is empty; say what the robot should do (--instruction)")
+        sizes = self.model.sizes
+        ids = self.tokenize(f"{files.WORDS} {instruction.strip().lower()}?\nOut:")
+        ids = ids if ids[-1] == sizes.empty_token else [*ids, sizes.empty_token]
+        self.instruction, self.prompt = instruction, torch.tensor(ids, device=self.device)
+
+    def loss(self, obs, actions):
+        """The loss OpenVLA was trained with: cross-entropy of the 7 action tokens and the end, their mean.
+
+        obs uint8 (B, 3, H, W), actions (B, 7) normalised -> scalar.
+        """
+        tokens = encode_actions(actions, self.model.sizes)
+        ends = torch.full_like(tokens[:, :1], EOS)
+        tokens = torch.cat([self.prompt.expand(len(obs), -1), tokens, ends], 1)
+        logits = self.model.logits(obs, tokens, ACTION_DIM + 2, checkpointed=self.device.type == "cuda")[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, -ACTION_DIM - 1 :].flatten())
+
+    @torch.no_grad()
+    def sample(self, obs, num_samples, generator=None):
+        """obs uint8 (B, 3, H, W) -> normalised actions (B, n, 7).
+
+        As published, at temperature 1 among the top_k likeliest tokens; but among action tokens only, so that every
+        sample is an action.
+        """
+
+        def pick(logits):
+            top, index = logits.topk(self.top_k, -1)
+            drawn = torch.multinomial(top.softmax(-1).flatten(0, 1), 1, generator=generator)
+            return index.flatten(0, 1).gather(1, drawn).view(logits.shape[:-1])
+
+        return action_values(self.device)[self.model.sample_tokens(obs, self.prompt, num_samples, pick)]
+
+    def train(self, parameters: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+        """Let these be what is trained, and therefore what a checkpoint holds."""
+        self.model.requires_grad_(False)
+        return [parameter.requires_grad_() for parameter in parameters.values()]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_state_dict(self, state) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+    def version(self) -> str:
+        """Names what the samples depend on: instruction, adapters, and the base, known by one layer of each kind."""
+        total = hashlib.sha256(repr((self.instruction, self.top_k)).encode())
+        base = self.model.language_model["model"].norm.weight, self.model.projector.fc3.bias
+        for parameter in (*base, *adapters(self.model).values()):
+            total.update(parameter.detach().float().cpu().numpy().tobytes())
+        return total.hexdigest()[:16]
+
+
+def supervised_step(policy, optimizer, obs, actions):
+    """One step of the policy's own loss. Returns the loss."""
+    loss = policy.loss(obs, actions)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+# --- PIXEL CRITIC ---
+def gradient_step(loss, optimizer, online: nn.Module, average: nn.Module, rate: float) -> None:
+    """One step of the optimizer, then average <- (1 - rate) average + rate online, parameter by parameter."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), rate)
+
+
+def random_shift(images, pad: int = 4):
+    """Each image moved by up to `pad` pixels in both directions, its border repeated (DrQ): (B, C, H, W)."""
+    B, C, H, W = images.shape
+    move = torch.randint(-pad, pad + 1, (2, B, 1), device=images.device)
+    rows = (torch.arange(H, device=images.device) + move[0]).clamp(0, H - 1)[:, None, :, None]  # (B, 1, H, 1)
+    columns = (torch.arange(W, device=images.device) + move[1]).clamp(0, W - 1)[:, None, None]  # (B, 1, 1, W)
+    batch, channel = (torch.arange(n, device=images.device) for n in (B, C))
+    return images[batch[:, None, None, None], channel[:, None, None], rows, columns]
+
+
+class ResNetBlock(nn.Module):
+    """Two 3 x 3 convolutions around which the input passes. GroupNorm: batch statistics would leak between states."""
+
+    def __init__(self, inside, outside, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.GroupNorm(4, outside), nn.GroupNorm(4, outside)
+        same = inside == outside and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(inside, outside, 1, stride, bias=False)
+
+    def forward(self, x):
+        return F.silu(self.skip(x) + self.norm2(self.conv2(F.silu(self.norm1(self.conv1(x))))))
+
+
+class PixelCritic(nn.Module):
+    """Q from images: one ResNet, then an ensemble of E MLPs which are shown the action again at every layer.
+
+    An image is encoded once (`encode`), for all of its actions and members: for the rest of the algorithm the features
+    are the observation. num_bins: bins of the value's distribution on [q_min, q_max], or 1 for a scalar head (MSE).
+    """
+
+    def __init__(self, action_dim, proprio_dim=0, width=64, blocks=(2, 2, 2, 2), hidden=(512, 512, 512),
+                 ensemble_size=10, num_bins=1, q_min=-100.0, q_max=0.0):  # fmt: skip
+        super().__init__()
+        self.num_bins, self.ensemble_size = num_bins, ensemble_size
+        layers, inside = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.GroupNorm(4, width), nn.SiLU()], width
+        layers.append(nn.MaxPool2d(3, 2, 1))
+        for i, count in enumerate(blocks):
+            for j in range(count):
+                layers.append(ResNetBlock(inside, width * 2**i, 2 if i > 0 and j == 0 else 1))
+                inside = width * 2**i
+        self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        E, sizes = ensemble_size, (inside + proprio_dim, *hidden)
+
+        def orthogonal(rows, columns, gain):  # each member a matrix of its own
+            return torch.stack([nn.init.orthogonal_(torch.empty(rows, columns), gain) for _ in range(E)])
+
+        gains = [math.sqrt(2)] * (len(hidden) - 1) + [0.01]  # a last hidden layer this small: Q starts nearly constant
+        self.weights = nn.ParameterList(orthogonal(i + action_dim, o, g) for i, o, g in zip(sizes, hidden, gains))
+        self.biases = nn.ParameterList(torch.zeros(E, 1, o) for o in hidden)
+        self.scales = nn.ParameterList(torch.ones(E, 1, o) for o in hidden)
+        self.shifts = nn.ParameterList(torch.zeros(E, 1, o) for o in hidden)
+        self.head_weight = nn.Parameter(orthogonal(hidden[-1], num_bins, 0.01))
+        self.head_bias = nn.Parameter(torch.zeros(E, 1, num_bins))
+        edges = torch.linspace(q_min, q_max, num_bins + 1)
+        self.register_buffer("edges", edges)
+        self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2)
+
+    def encode(self, images, proprio):
+        """images uint8 (B, 3, H, W), proprio (B, P), P may be 0 -> features (B, F), which members share (release)."""
+        return torch.cat([self.encoder(images.float() / 127.5 - 1), proprio], 1)
+
+    def outputs(self, obs, actions, members=None):
+        """obs: features (B, F), actions (B, n, A) -> (E, B, n, bins), of the named members only if given."""
+        B, n, A = actions.shape
+        pick = (lambda p: p) if members is None else (lambda p: p[members])
+        rows, x = actions.reshape(B * n, A), obs
+        for i in range(len(self.weights)):
+            below, action = pick(self.weights[i]).split([self.weights[i].shape[1] - A, A], 1)
+            x = torch.matmul(x, below) + pick(self.biases[i])  # (E, B, H) of the features, then (E, B n, H)
+            x = x.repeat_interleave(n, 1) if i == 0 else x
+            x = F.layer_norm(x + torch.matmul(rows, action), x.shape[-1:], eps=1e-6)
+            x = F.silu(torch.addcmul(pick(self.shifts[i]), x, pick(self.scales[i])))
+        outputs = torch.baddbmm(pick(self.head_bias), x, pick(self.head_weight))
+        return outputs.view(-1, B, n, self.num_bins)
+
+    def value(self, outputs):
+        """The head's outputs (..., bins) -> Q (...): the mean of the bins' centres, or the scalar itself."""
+        return outputs[..., 0] if self.num_bins == 1 else torch.softmax(outputs, -1) @ self.centers
+
+    def forward(self, obs, actions, members=None):
+        """obs: features (B, F), actions (B, n, A) -> q (E, B, n)."""
+        return self.value(self.outputs(obs, actions, members))
+
+
+# --- HL-GAUSS ---
+def hl_gauss_target(values, edges, release_width=False):
+    """Histogram of a Gaussian around each value, on the bins between `edges`, normalised: HL-Gauss.
+
+    values (...), within some 1e7 bins of the edges, outside them the mass goes to the nearest bin; edges (bins + 1,) ->
+    probabilities (..., bins). release_width: sigma sqrt(2) times wider, by the erf form's argument in the normal CDF.
+    """
+    sigma = 0.75 * (edges[1] - edges[0]) * (math.sqrt(2) if release_width else 1.0)
+    z = (edges - values[..., None]) / sigma
+    left, right = z[..., :-1], z[..., 1:]
+    # log(Phi(right) - Phi(left)), in the tail where both are small, so that a value far outside loses no digits
+    a, b = torch.where(left > 0, -right, left), torch.where(left > 0, -left, right)
+    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
+    return torch.softmax(log_b + torch.log1p(-torch.exp(log_a - log_b)), -1)
+
+
+# --- ACTION OPTIMIZATION ---
+def global_optimization(critic, obs, actions, num_keep):
+    """Equation 4.1: the num_keep candidates of highest Q, best first, Q being the ensemble's mean.
+
+    obs (B, O), actions (B, k, A) -> actions (B, m, A), q (B, m).
+    """
+    with torch.no_grad():
+        q, index = critic(obs, actions).mean(0).topk(num_keep, dim=1, sorted=True)
+    return actions.gather(1, index[..., None].expand(-1, -1, actions.shape[-1])), q
+
+
+def local_optimization(critic, obs, actions, num_steps, step_size, low, high, keep_best_of_path=False, start=None):
+    """Equation 4.2 under section 4.3's rule: num_steps of gradient ascent on each action, no step that lowers Q.
+
+    A rejected step leaves the action where it was, and as its gradient there is the same, all later ones would be
+    rejected too: a step costs one forward and one backward pass and nothing is evaluated twice. With
+    keep_best_of_path (release) every step is taken and the best of the T + 1 points is returned, the later of equals.
+
+    obs (B, O), actions (B, m, A) in [low, high], start: their Q and gradient if known -> actions (B, m, A), q (B, m).
+    Needs full float32: a step of 3e-4 changes Q in the fourth digit, TF32 or bfloat16 turn the comparison into noise.
+    """
+    q, gradient = start or q_and_gradient(critic, obs, actions, need_gradient=num_steps > 0)
+    best_actions, best_q = actions, q
+    for step in range(num_steps):
+        proposed = (actions + step_size * gradient).clamp(low, high)
+        new_q, new_gradient = q_and_gradient(critic, obs, proposed, need_gradient=step < num_steps - 1)
+        better = new_q >= best_q if keep_best_of_path else new_q > best_q
+        best_actions = torch.where(better[..., None], proposed, best_actions)
+        best_q = torch.where(better, new_q, best_q)
+        if step < num_steps - 1:
+            taken = (better | keep_best_of_path)[..., None]
+            actions, gradient = torch.where(taken, proposed, actions), torch.where(taken, new_gradient, gradient)
+    return best_actions, best_q
+
+
+def q_and_gradient(critic, obs, actions, need_gradient=True):
+    """Mean Q of the ensemble (B, n) and, if asked for, its gradient with respect to each action (B, n, A)."""
+    if isinstance(critic, FrozenCritic):  # the same, faster
+        return critic.mean_and_gradient(obs, actions) if need_gradient else (critic(obs, actions).mean(0), None)
+    with torch.set_grad_enabled(need_gradient):
+        actions = actions.detach().requires_grad_(need_gradient)
+        q = critic(obs, actions).mean(0)
+        gradient = torch.autograd.grad(q.sum(), actions)[0] if need_gradient else None
+    return q.detach(), gradient
+
+
+def optimize_actions(critic, obs, actions, num_keep, num_steps, step_size, low=-1.0, high=1.0, data_actions=None,
+                     keep_best_of_path=False, replace_worst=False, num_climb=0):  # fmt: skip
+    """Algorithm 1: rank the candidates, keep the best, climb.
+
+    obs (B, O), actions (B, k, A) samples of the policy, data_actions (B, A) or None -> actions (B, m, A), q (B, m), or
+    m + 1 with data_actions. These are a_data(s) of line 3: one more candidate, climbed like the others; where there is
+    none, NaN, the worst kept one stands twice. With replace_worst (release) it takes the worst one's place.
+    num_climb > 0: only the best is wanted, so at most so many climb, and none that cannot become it (`climb_winners`).
+    """
+    actions, _ = global_optimization(critic, obs, actions, num_keep)
+    if data_actions is not None:
+        known = torch.where(data_actions.isnan(), actions[:, -1], data_actions)
+        actions = torch.cat([actions[:, :-1] if replace_worst else actions, known[:, None]], 1)
+    rest = num_steps, step_size, low, high, keep_best_of_path
+    if num_climb == 0 or num_steps == 0:
+        return local_optimization(critic, obs, actions, *rest)
+    return climb_winners(local_optimization, q_and_gradient, critic, obs, actions, num_climb, *rest)
+
+
+def optimize(critic, obs, actions, args: Args, best_only: bool, data_actions=None):
+    """`optimize_actions` with the run's settings; but for --plain with the same critic made fast, the same best one."""
+    critic, exact = (critic, 0) if args.plain else (FrozenCritic(critic), 0 if args.climb_all else args.num_keep + 1)
+    settings = args.num_keep, args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0
+    switches = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
+    part = lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *switches)  # noqa: E731
+    return in_parts(part, 4096, obs, actions, data_actions)
+
+
+def select_actions(actions, q, greedy: bool):
+    """Equation 4.3: one action per state, the best or one drawn from softmax(q). (B, m, A), (B, m) -> (B, A)."""
+    index = q.argmax(1) if greedy else torch.multinomial(torch.softmax(q, 1), 1)[:, 0]
+    return actions[torch.arange(len(actions), device=actions.device), index]
+
+
+# --- CAL-QL FROM PIXELS ---
+@torch.no_grad()
+def td_target(target_critic, rewards, masks, next_obs, next_actions, discount, members=None):
+    """r + gamma mask min over the members of Q_target(s', a'): (B,). next_actions (B, A); members: indices or None."""
+    q = target_critic(next_obs, next_actions[:, None], members)[..., 0]  # (members, B)
+    return rewards + discount * masks * q.min(0).values
+
+
+def calql_loss(critic, obs, actions, target_q, mc_returns, current_actions, next_actions, random_actions, cql_alpha,
+               cql_members=None, release_width=False):  # fmt: skip
+    """Equation 3.3 as CQL(H) with the calibrated lower bound; the release's choices where the paper is silent.
+
+    The penalty is logsumexp over random actions, the optimized actions at s and s' (both valued at s, and no lower than
+    the Monte-Carlo return), and the data's action, minus Q of the data's action. The release repeats each optimized
+    action as often as there are random ones; log(n) added to its entry is the same.
+
+    obs (B, O), actions (B, A), target_q (B,), mc_returns (B,), current_actions and next_actions (B, A), random_actions
+    (B, n, A); cql_members: indices of the ensemble's members to penalise, None for all -> the loss (scalar), and its
+    parts as a dict of scalar tensors, detached (means over the members they use).
+    """
+    n = random_actions.shape[1]
+    outputs = critic.outputs(obs, actions[:, None])[:, :, 0]  # (E, B, bins)
+    q_data = critic.value(outputs)  # (E, B)
+    if critic.num_bins == 1:
+        td_loss = (q_data - target_q).square().mean()
+    else:
+        target = hl_gauss_target(target_q, critic.edges, release_width)
+        td_loss = -(target * torch.log_softmax(outputs, -1)).sum(-1).mean()
+    sampled = torch.cat([random_actions, next_actions[:, None], current_actions[:, None]], 1)
+    q_sampled = critic(obs, sampled, cql_members)  # (members, B, n + 2)
+    q_random, q_optimized = q_sampled[..., :n], q_sampled[..., n:]
+    q_bounded = torch.maximum(q_optimized, mc_returns[:, None])  # calibrated: no pushing below the data's own return
+    q_data_cql = q_data if cql_members is None else q_data[cql_members]
+    entries = torch.cat([q_random, q_bounded + math.log(max(n, 1)), q_data_cql[..., None]], -1)
+    cql_loss = (torch.logsumexp(entries, -1) - math.log(max(3 * n, 2) + 1) - q_data_cql).mean()
+    loss = td_loss + cql_alpha * cql_loss
+    info = dict(td_loss=td_loss, cql_loss=cql_loss, critic_loss=loss, q_data=q_data.mean(), target_q=target_q.mean(),
+                q_random=q_random.mean() if n else q_data.mean(), q_optimized=q_optimized[..., 1].mean(),
+                bound_rate=(q_optimized < mc_returns[:, None]).float().mean())  # fmt: skip
+    return loss, {name: value.detach() for name, value in info.items()}
+
+
+def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -> dict[str, torch.Tensor]:
+    """Algorithm 2, line 4: one update on the transitions `index` (B,), their candidates taken from the cache.
+
+    Only the features that the loss is made of have a gradient. s and s' are shifted each by its own amount.
+    """
+    states = torch.cat([buffer.obs_index[index], buffer.obs_index[index] + 1])
+    images, proprio = buffer.critic_inputs(states)
+    (image, next_image), (here, there) = random_shift(images).chunk(2), proprio.chunk(2)
+    obs = critic.encode(image, here)
+    with torch.no_grad():
+        next_obs, target_obs = critic.encode(next_image, there), target_critic.encode(next_image, there)
+    best = not args.sample_backup
+    optimized, q = optimize(critic, torch.cat([obs.detach(), next_obs]), buffer.candidates[states], args, best)
+    current_actions, next_actions = select_actions(optimized, q, best).chunk(2)
+    td_members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
+    cql_members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
+    rewards, masks = buffer.rewards[index], buffer.masks[index]
+    target_q = td_target(target_critic, rewards, masks, target_obs, next_actions, args.discount, td_members)
+    random_actions = torch.rand(len(index), args.cql_actions, optimized.shape[-1], device=obs.device) * 2 - 1
+    batch = critic, obs, buffer.actions[index], target_q, buffer.mc_returns[index], current_actions, next_actions
+    loss, info = calql_loss(*batch, random_actions, args.cql_alpha, cql_members)
+    gradient_step(loss, optimizer, critic, target_critic, args.target_tau)
+    return info
+
+
+# --- EPISODES ---
+def monte_carlo_returns(rewards, terminals, ends, discount, failure=-math.inf, plain=False):
+    """Discounted return-to-go of every row, the V^mu(s) that calibrates Cal-QL: float32 (N,).
+
+    rewards (N,) biased, terminals (N,), ends: index after the last row of each trajectory. One that was cut goes on
+    with its last reward for ever: + gamma^k r_last / (1 - gamma) at its end (our choice; plain, as in the release: the
+    sum up to the cut). One that never rose above `failure` never succeeds: failure / (1 - gamma) from everywhere.
+    """
+    returns = np.zeros(len(rewards), np.float64)
+    for start, end in zip([0, *ends[:-1]], ends):
+        failed, last = rewards[start:end].max() <= failure, rewards[end - 1]
+        running = 0.0 if terminals[end - 1] or plain else last / (1 - discount)
+        for i in range(end - 1, start - 1, -1):
+            running = returns[i] = failure / (1 - discount) if failed else rewards[i] + discount * running
+    return returns.astype(np.float32)
+
+
+class EpisodeBuffer:
+    """The robot's episodes as tensors on the device, each image once: N steps have N + 1 states.
+
+    Of each state: `states`, packed as `unpack` reads it; `action_at`, the action taken there, NaN at the last;
+    `candidates`, the cache, valid where the episode's entry in `versions` is the policy's. Of each step: `obs_index`,
+    its state (the next one is behind it), `actions`, `rewards`, `masks`, `mc_returns`.
+    """
+
+    def __init__(self, obs_dim: int, policy_size: int, args: Args, device):
+        self.args, self.policy_size, self.device = args, policy_size, device
+        self.data = [None]  # the harness saves what is behind the first: nothing, episodes are files of their own
+        self.first_state, self.first_row, self.versions = [0], [0], []
+        none = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
+        self.states, self.obs_index = none(0, obs_dim, dtype=torch.uint8), none(0, dtype=torch.long)
+        self.actions, self.action_at = none(0, ACTION_DIM), none(0, ACTION_DIM)
+        self.candidates = none(0, args.num_samples, ACTION_DIM)
+        self.rewards, self.masks, self.mc_returns = none(0), none(0), none(0)
+
+    def add(self, episode: dict[str, np.ndarray]) -> None:
+        """Append what `collect` returned."""
+        args, N = self.args, len(episode["rewards"])
+        rewards = episode["rewards"] + np.float32(args.reward_bias)
+        failure = args.reward_min if args.sparse_reward else -math.inf
+        new = dict(
+            states=episode["obs"], obs_index=len(self.states) + np.arange(N), actions=episode["actions"],
+            action_at=np.append(episode["actions"], np.full((1, ACTION_DIM), np.nan, np.float32), 0),
+            candidates=np.zeros((N + 1, args.num_samples, ACTION_DIM), np.float32), rewards=rewards,
+            masks=1 - episode["terminals"].astype(np.float32),
+            mc_returns=monte_carlo_returns(rewards, episode["terminals"], np.array([N]), args.discount, failure),
+        )  # fmt: skip
+        for name, array in new.items():
+            setattr(self, name, torch.cat([getattr(self, name), torch.as_tensor(array, device=self.device)]))
+        self.first_state.append(len(self.states))
+        self.first_row.append(len(self.rewards))
+        self.versions.append("")
+
+    def policy_images(self, states):
+        """Images at the policy's size, uint8 (S, 3, H, W); states: an index or a slice."""
+        return unpack(self.states[states], self.policy_size, self.args.critic_image)[0]
+
+    def critic_inputs(self, states):
+        """Images at the critic's size, uint8 (S, 3, H, W), and what it is shown of proprio (S, 7 or 0)."""
+        _, images, proprio = unpack(self.states[states], self.policy_size, self.args.critic_image)
+        return images, proprio if self.args.use_proprio else proprio[:, :0]
+
+    def states_of(self, episode: int) -> slice:
+        return slice(self.first_state[episode], self.first_state[episode + 1])
+
+    def rows_with(self, version: str) -> torch.Tensor:
+        """Rows of the episodes whose candidates were drawn by that version of the policy."""
+        rows = [
+            torch.arange(self.first_row[i], self.first_row[i + 1]) for i, v in enumerate(self.versions) if v == version
+        ]
+        return torch.cat(rows).to(self.device)
+
+
+# --- CANDIDATE CACHE ---
+def draw_candidates(policy, images, num_samples: int, batch: int, seed: int):
+    """The policy's samples at images (S, 3, H, W): (S, n, 7). The same wherever they are drawn."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    return torch.cat([policy.sample(part, num_samples, generator) for part in images.split(batch)])
+
+
+class CacheWorker:
+    """Draws candidates in a process of its own, which holds the base model once and is sent adapters only."""
+
+    def __init__(self, args: Args, instruction: str):
+        device = start_torch(args)
+        sizes, folder, tokenize, _ = open_checkpoint(args.checkpoint, args)
+        self.args, self.version = args, None
+        self.policy = VLAPolicy(load_model(sizes, folder, args, device), tokenize, instruction)
+
+    def candidates(self, adapter: dict[str, np.ndarray], version: str, images, seed: int) -> np.ndarray:
+        if version != self.version:
+            self.policy.load_state_dict({name: torch.tensor(array) for name, array in adapter.items()})
+            self.version = self.policy.version()
+            if self.version != version:
+                raise ValueError(f"this worker's policy is {self.version}, not {version}: is its checkpoint another?")
+        images = torch.as_tensor(images, device=self.policy.device)
+        return draw_candidates(self.policy, images, self.args.num_samples, self.args.cache_batch, seed).cpu().numpy()
+
+
+def refresh(policy, buffer, args: Args, run, pool=None):
+    """Draw the candidates of every episode whose cached ones another version of the policy drew (section 5.2.2).
+
+    A generator of the rows whose candidates are fresh. With workers it can be asked again and again, while the trainer
+    goes on with the critic on those; without, the first are all. What was drawn is kept in cache/ and found there after
+    a stop.
+    """
+    version, folder = policy.version(), run.folder / "cache"
+
+    def put(episode, candidates):
+        buffer.candidates[buffer.states_of(episode)] = torch.as_tensor(candidates, device=buffer.device)
+        buffer.versions[episode] = version
+
+    stale = [episode for episode in reversed(range(len(buffer.versions))) if buffer.versions[episode] != version]
+    for episode in list(stale):
+        path = folder / f"{episode:05}.npz"
+        saved = read_arrays(path) if path.is_file() else {"version": ""}
+        if str(saved["version"]) == version:
+            put(episode, saved["candidates"])
+            stale.remove(episode)
+    seeds = {episode: int(version[:8], 16) + episode for episode in stale}
+    images = {episode: buffer.policy_images(buffer.states_of(episode)) for episode in stale}
+    if pool is None:
+        for episode in run.each("caching", stale) if len(stale) > 1 else stale:
+            candidates = draw_candidates(policy, images[episode], args.num_samples, args.cache_batch, seeds[episode])
+            put(episode, candidates)
+            write_arrays(folder / f"{episode:05}.npz", version=version, candidates=candidates.cpu().numpy())
+        yield buffer.rows_with(version)
+        return
+    adapter = pool.share({name: value.cpu().numpy() for name, value in policy.state_dict().items()})
+    pool.submit({e: ("candidates", adapter, version, images[e].cpu().numpy(), seeds[e]) for e in stale})
+    while pool.busy():
+        run.check_stop()
+        for episode, candidates in pool.results(wait=version not in buffer.versions):
+            put(episode, candidates)
+            write_arrays(folder / f"{episode:05}.npz", version=version, candidates=candidates)
+        if version in buffer.versions:
+            yield buffer.rows_with(version)
+    yield buffer.rows_with(version)
+
+
+# --- LORA DISTILLATION ---
+def choose_greedy_distillation(args: Args, q_stds: list[float]) -> bool:
+    """Appendix B.1: teach the argmax where the candidates' Q differ too little for samples of eq. 4.3 to prefer any.
+
+    q_stds: measured standard deviations of the candidates' Q; none: there was no offline phase. The paper gives no
+    threshold. Equation 4.3's softmax has temperature 1, so that below a standard deviation of about 1 the candidates
+    are nearly equally likely, and samples would hardly improve the policy.
+    """
+    if args.distill_selection != "auto":
+        return args.distill_selection == "greedy"
+    return bool(np.mean(q_stds) < args.greedy_below_std) if q_stds else args.greedy_rollouts
+
+
+def distill_lora(policy, optimizer, critic, buffer, num_updates, greedy, args: Args) -> dict[str, torch.Tensor]:
+    """Section 4.2: states uniform over all episodes, with optimized actions (equation 4.4), cloned by LoRA.
+
+    The candidates are the cached ones, of the policy as it was before. Returns as metrics the mean loss, and the
+    annotations' mean Q and its standard deviation over the candidates of a state.
+    """
+    states = buffer.obs_index[torch.randint(len(buffer.obs_index), (num_updates, args.distill_batch_size))]
+    losses, values, spreads = [], [], []
+    for index in states.to(buffer.device):
+        obs = encode_states(critic, buffer, index)
+        data_actions = buffer.action_at[index] if args.distill_data_actions else None
+        optimized, q = optimize(critic, obs, buffer.candidates[index], args, greedy, data_actions)
+        target = select_actions(optimized, q, greedy)
+        losses.append(supervised_step(policy, optimizer, buffer.policy_images(index), target))
+        values.append(q.amax(1).mean())
+        spreads.append(candidate_spread(critic, buffer, index, args))
+    names = "distill_loss", "distill_q", "distill_q_std"
+    return {name: torch.stack(column).mean() for name, column in zip(names, (losses, values, spreads))}
+
+
+@torch.no_grad()
+def encode_states(critic, buffer, states):
+    """Features of the buffer's states (index (S,)), unshifted: (S, F)."""
+    return critic.encode(*buffer.critic_inputs(states))
+
+
+def candidate_spread(critic, buffer, states, args: Args):
+    """Standard deviation of Q over a state's kept candidates, before they climb: mean over the states (index (S,))."""
+    obs = encode_states(critic, buffer, states)
+    q = global_optimization(critic, obs, buffer.candidates[states], args.num_keep)[1]
+    return q.std(1, correction=0).mean()
+
+
+# --- MAIN ---
+def open_checkpoint(checkpoint: str, args: Args):
+    """Sizes, folder (None: tiny), tokenizer, and the action statistics of the robot, before anything heavy is read."""
+    if checkpoint == "tiny":
+        folder, sizes, statistics = None, TINY, files.TINY_STATISTICS
+    else:
+        folder = files.checkpoint_folder(checkpoint)
+        changed, statistics = files.read_config(folder)
+        sizes = Sizes(**changed)
+    tokenize = files.load_tokenizer(folder, sizes.vocabulary, sizes.last_action - NUM_BINS - 3)
+    return sizes, folder, tokenize, files.action_statistics(statistics, args.unnorm_key)
+
+
+def load_model(sizes: Sizes, folder, args: Args, device) -> OpenVLA:
+    """The model with its weights, frozen, and adapters that change nothing yet."""
+    if folder is None:
+        model = OpenVLA(sizes).to(device)
+    else:
+        with torch.device("meta"):
+            model = OpenVLA(sizes)
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        model.load_state_dict(files.read_weights(folder, shapes, UNUSED, device), assign=True)
+    add_lora(model, args.lora_rank)
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(Args, PRESETS, argv)
+    if not args.plain or min(args.num_zero_shot, args.max_steps, args.lora_rank, args.distill_batch_size) < 1:
+        fail("--no-plain is for critics of vectors; numbers of episodes, steps, ranks and states must be at least 1")
+    device, cloned = start_torch(args), pathlib.Path(args.resume, "cloned")
+    tiny, is_cloned = args.checkpoint == "tiny", bool(args.resume) and (cloned / "config.json").is_file()
+    sizes, folder, tokenize, statistics = open_checkpoint(str(cloned) if tiny and is_cloned else args.checkpoint, args)
+    if args.serve:
+        model = load_model(sizes, folder, args, device)
+        return serve(args, VLAPolicy(model, tokenize, "nothing yet"), statistics)
+    real = args.env_id == "widowx-real"
+    options = dict(image_size=args.camera_size, max_steps=args.max_steps)
+    if real:
+        options |= dict(instruction=args.instruction, host=args.robot_host, port=args.robot_port, reward=args.reward)
+
+    def make_robot(env_id, **more):
+        return RobotEnv(make_env(env_id, **options, **more), statistics, sizes.image, args.critic_image)
+
+    try:
+        env = make_robot(args.env_id)
+    except ValueError as error:
+        fail(str(error))
+    check_optional_parts(args, make_robot)
+    envs = None if real else make_vector_env(args, make_robot)
+    policy = VLAPolicy(load_model(sizes, folder, args, device), tokenize, args.instruction or env.unwrapped.instruction)
+    buffer = EpisodeBuffer(env.observation_space.shape[0], sizes.image, args, device)
+    num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
+    network = args.encoder_width, args.encoder_blocks, args.critic_hidden, args.ensemble_size, num_bins, q_min
+    critic = PixelCritic(ACTION_DIM, 7 if args.use_proprio else 0, *network).to(device)
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
+    base = {name: p for name, p in policy.model.named_parameters() if ".lora_" not in name}
+    cloning_optimizer = torch.optim.Adam(base.values() if tiny else [critic.head_bias], args.cloning_lr)
+    policy_optimizer = torch.optim.Adam(adapters(policy.model).values(), args.distill_lr)
+    policy.train(adapters(policy.model) if is_cloned or not tiny else base)
+
+    def act_policy(obs):
+        return policy.sample(unpack(obs, sizes.image, args.critic_image)[0], 1)[:, 0]
+
+    @torch.no_grad()
+    def act_optimized(obs):  # pi^opt of algorithm 1
+        images, small, proprio = unpack(obs, sizes.image, args.critic_image)
+        features = critic.encode(small, proprio if args.use_proprio else proprio[:, :0])
+        actions, q = optimize(critic, features, policy.sample(images, args.num_samples), args, args.greedy_rollouts)
+        return select_actions(actions, q, args.greedy_rollouts)
+
+    run = Run(args, no_data("the run's own episodes"), buffer, policy=policy, policy_optimizer=policy_optimizer,
+              cloning_optimizer=cloning_optimizer, critic=critic, target_critic=target_critic,
+              critic_optimizer=critic_optimizer)  # fmt: skip
+    q_stds = run.progress.setdefault("q_stds", [])  # measured in the second half of phase 2
+    measured = (envs, act_policy) if not real else ()  # the robot's own episodes tell
+    with run:
+        # Phase 1, tiny only: clone scripted demonstrations into a policy that can do a little, as OpenVLA can
+        num_cloning_steps = args.num_cloning_steps if tiny else 0
+        if num_cloning_steps and run.phase == "cloning":
+            demonstrations = collect_demonstrations(args.env_id, args.num_demonstrations, args.seed, **options)
+            episodes = [as_episode(demonstration, env) for demonstration in demonstrations]
+            states = torch.as_tensor(np.concatenate([e["obs"][:-1] for e in episodes]), device=device)
+            images = unpack(states, sizes.image, args.critic_image)[0]
+            actions = torch.as_tensor(np.concatenate([e["actions"] for e in episodes]), device=device)
+        for step in run.steps("cloning", num_cloning_steps, *measured):
+            cloning_optimizer.param_groups[0]["lr"] = args.cloning_lr * (1 - step / num_cloning_steps)
+            rows = torch.randint(len(images), (args.cloning_batch_size,), device=device)
+            shifted = random_shift(images[rows])
+            loss = supervised_step(policy, cloning_optimizer, shifted, actions[rows])
+            run.log({"policy_loss": loss}, every=args.log_every)
+        if tiny and not is_cloned:
+            files.write_checkpoint(run.folder / "cloned", policy.model, files.TINY_STATISTICS)
+        policy.train(adapters(policy.model))
+        pool = None
+        if args.num_cache_workers and run.phase != "done":
+            its_checkpoint = str(run.folder / "cloned") if tiny else args.checkpoint
+            worker_args = dataclasses.replace(args, checkpoint=its_checkpoint), policy.instruction
+            pool = Pool(args.num_cache_workers, args.ray, CacheWorker, worker_args, float(device.type == "cuda"))
+
+        # Zero-shot episodes of the policy as it is; those that a stopped run has are read from their files
+        online = run.phase == "online"
+        for i in range(args.num_zero_shot + run.progress["step"] if online else 0):
+            buffer.add(read_arrays(episode_file(run, i)))
+        if run.phase == "offline":
+            successes = []
+            for i in run.each("zero-shot", range(args.num_zero_shot)):
+                episode, success = get_episode(env, act_policy, i, policy.version(), run)
+                buffer.add(episode)
+                successes.append(success)
+            print(f"zero-shot: success {np.mean(successes):.0%} in {args.num_zero_shot} episodes")
+
+        # Phase 2: train the critic on them (algorithm 2, lines 3 and 4), with candidates that are drawn once
+        rows, arrivals = None, refresh(policy, buffer, args, run, pool)
+        for step in run.steps("offline", args.num_offline_steps, envs, act_optimized if measured else None,
+                              args.num_offline_evals):  # fmt: skip
+            rows = next(arrivals, rows)
+            index = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
+            info = critic_update(critic, target_critic, critic_optimizer, buffer, index, args)
+            if (step + 1) % args.log_every == 0:
+                info["q_std"] = candidate_spread(critic, buffer, buffer.obs_index[index], args)
+                q_stds += [info["q_std"].item()] if 2 * step >= args.num_offline_steps else []
+                run.log(info)
+
+        # Phase 3: an episode, LoRA, the cache anew, critic training (algorithm 2, lines 3 to 8); a step is one episode
+        if run.starts("online"):
+            critic_optimizer.state.clear()
+        greedy = choose_greedy_distillation(args, q_stds)
+        for i in run.steps("online", args.num_online_episodes, envs, act_optimized if measured else None,
+                           args.num_online_evals, "episode"):  # fmt: skip
+            episode, success = get_episode(env, act_optimized, args.num_zero_shot + i, policy.version(), run)
+            buffer.add(episode)
+            rows = [*refresh(policy, buffer, args, run, pool)][-1]  # of the new episode, and what a stop left undone
+            length = len(episode["rewards"])
+            num_distill, num_critic = round(length * args.distill_ratio), round(length * args.utd)
+            metrics = {"episode_success": success, "episode_length": length}
+            if num_distill:
+                metrics |= distill_lora(policy, policy_optimizer, critic, buffer, num_distill, greedy, args)
+            arrivals = refresh(policy, buffer, args, run, pool)
+            for _ in range(num_critic):
+                run.check_stop()
+                rows = next(arrivals, rows)
+                index = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
+                metrics |= critic_update(critic, target_critic, critic_optimizer, buffer, index, args)
+            rows = [rows, *arrivals][-1]  # the policy must not change under its workers
+            run.count(episodes=1, env_steps=length, updates=num_distill + num_critic)
+            run.log(metrics)
+        if pool:
+            pool.close()
+        finish(run, env, make_robot, act_optimized, policy, critic)
+
+
+if __name__ == "__main__":
+    run_program(main)
