@@ -168,6 +168,7 @@ def fine_tune(options: Options) -> list[dict]:
         cloned = copy.deepcopy(average)
         policy_optimizer = torch.optim.Adam(policy.parameters(), args.distill_lr, fused=True)
         critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
+        way += "" if options.greedy else ", draws taught"
         acts = {"alone": alone(average), "ranked": optimized(average, critic, args),
                 "cloned": optimized(cloned, critic, args)}  # fmt: skip
         states = buffer.states[torch.randperm(len(buffer.states))[:2_000]]
