@@ -234,11 +234,14 @@ def test_success_needs_the_object_in_its_goal_and_let_go():
         _, reward, terminated, truncated, info = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
         assert (reward, terminated, truncated, info["success"]) == (float(expected), expected, False, expected)
     env.reset(seed=0)
-    held = False
-    while not held or np.linalg.norm(env.client.position("target")[:2] - widowx_sim.PLATE[:2]) > 0.02:
-        *_, info = env.step(scripted_action(env.client))
-        held = len(env.client.touched_by()) == 2
+    held = []
+    for _ in range(25):  # carried to the plate and not let go
+        action = scripted_action(env.client)
+        held.append(len(env.client.touched_by()) == 2)
+        *_, info = env.step([*action[:6], action[6] * (not held[-1])])
         assert not info["success"]
+    assert all(held[-5:]) and env.client.position("target")[2] < -0.005
+    assert env.step([0, 0, 0, 0, 0, 0, 1])[-1]["success"]
     env.close()
 
 
@@ -423,6 +426,8 @@ def test_the_real_robots_start_is_slow_and_in_its_workspace(monkeypatch):
     ]
     assert env.client.duration >= 1 and np.allclose(obs["proprio"], widowx.REAL_START, atol=0.01)
     assert obs["image"].shape == (24, 24, 3)
+    whole = np.asarray(widowx.Image.fromarray(SimClient.render(env.client)).resize((24, 24)))
+    assert np.abs(obs["image"].astype(float) - whole).mean() < 6  # all of the frame, in one piece
     env.step(np.array([0, 0, -0.05, 0, 0, 0, 1]))
     info = [env.step(np.array([0, 0, -0.05, 0, 0, 0, 1]))[-1] for _ in range(3)][-1]
     assert env.client.target[0][2] == pytest.approx(0.16, abs=1e-5) and info["executed"][2] == pytest.approx(

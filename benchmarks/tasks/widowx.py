@@ -136,8 +136,10 @@ class WidowXEnv(gym.Env):
         status = self.client.step_action(executed.copy(), blocking=False)
         if self.hz is not None:
             time.sleep(max(0.0, self.ticked + 1 / self.hz - time.monotonic()))
-        self.obs = self._observe(time.monotonic() + self.patience)
-        self.ticked = time.monotonic()
+        self.ticked = (
+            time.monotonic()
+        )  # so that the observation and the policy's thinking count towards the next period
+        self.obs = self._observe(self.ticked + self.patience)
         if status != SUCCESS and not self._moved(target, executed[6]):
             executed = np.array([0.0] * 6 + [self.gripper])
             target = self.target
@@ -282,7 +284,7 @@ def make_real(
         the others: see `WidowXEnv`.
     Raises:
         TaskError: there is no instruction, no such reward program, or no client installed.
-        RobotError: no server answers; or a second client in one process, which the public client does not survive.
+        RobotError: no server answers, or this process has made a client before: the public one works once.
     """
     if not instruction.strip():
         raise TaskError('widowx-real needs an instruction, e.g. "put the vegetable on the plate"')
