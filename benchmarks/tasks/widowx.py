@@ -136,9 +136,7 @@ class WidowXEnv(gym.Env):
         status = self.client.step_action(executed.copy(), blocking=False)
         if self.hz is not None:
             time.sleep(max(0.0, self.ticked + 1 / self.hz - time.monotonic()))
-        self.ticked = (
-            time.monotonic()
-        )  # so that the observation and the policy's thinking count towards the next period
+        self.ticked = time.monotonic()  # observing and the policy's thinking count towards the next period
         self.obs = self._observe(self.ticked + self.patience)
         if status != SUCCESS and not self._moved(target, executed[6]):
             executed = np.array([0.0] * 6 + [self.gripper])

@@ -184,7 +184,7 @@ def build_model(task: Task, distractors: bool) -> mujoco.MjModel:
     folder = mesh_folder()
     names = ["1-Base", *(part[5] for part in ARM), "9-Gripper-Bar", "10-Finger"]
     meshes = "".join(
-        f'<mesh name="{name}" file="WXSA-250-M-{name}.stl" scale=".001 .001 .001" inertia="shell"/>' for name in names
+        f'<mesh name="{name}" file="WXSA-250-M-{name}.stl" scale=".001 .001 .001"/>' for name in names
     )
     things = {"target": task.target} | ({"distractor": task.distractor} if distractors else {})
     bodies = "".join(
@@ -200,10 +200,13 @@ def build_model(task: Task, distractors: bool) -> mujoco.MjModel:
     servos += "".join(
         f'<position joint="{side}_finger" kp="400" kv="10" forcerange="-6 6"/>' for side in ("left", "right")
     )
+    # The flags let a round bottom stand on a flat one at several points; MuJoCo before 3.3 left them off.
     return mujoco.MjModel.from_xml_string(f"""
     <mujoco>
     <compiler meshdir="{folder}" eulerseq="XYZ" angle="degree"/>
-    <option timestep="{TIMESTEP}" integrator="implicitfast" cone="elliptic" impratio="5"/>
+    <option timestep="{TIMESTEP}" integrator="implicitfast" cone="elliptic" impratio="5">
+      <flag multiccd="enable" nativeccd="enable"/>
+    </option>
     <visual>
       <global offwidth="1024" offheight="1024"/><quality offsamples="0" shadowsize="0"/>
       <headlight ambient=".45 .45 .45" diffuse=".45 .45 .45" specular="0 0 0"/><map znear=".05"/>
