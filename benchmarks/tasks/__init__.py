@@ -17,10 +17,10 @@ except Exception as error:  # of whatever kind the renderer's bindings raise
         "apt-get install libegl1, `osmesa` needs apt-get install libosmesa6, and without images it may be left unset"
     ) from None
 
-from benchmarks.tasks import antmaze, kitchen, ogbench_singletask, pointmaze
+from benchmarks.tasks import antmaze, kitchen, ogbench_singletask, pointmaze, widowx
 from benchmarks.tasks.dataset import Dataset, TaskError
 
-FAMILIES = (pointmaze, antmaze, kitchen, ogbench_singletask)
+FAMILIES = (pointmaze, antmaze, kitchen, ogbench_singletask, widowx)
 
 
 def env_ids() -> list[str]:
@@ -35,8 +35,8 @@ def make_env(env_id: str, **kwargs):
         env_id: one of `env_ids()`.
         kwargs: passed to the family, e.g. `render_mode="rgb_array"`.
     Returns:
-        a `gymnasium.Env` whose observations are float32 vectors (of `visual-*` a dict of `image` and `proprio`);
-        `info["success"]` says whether the goal was reached.
+        a `gymnasium.Env` whose observations are float32 vectors (of `visual-*` and `widowx-*` a dict of `image` and
+        `proprio`); `info["success"]` says whether the goal was reached.
     Raises:
         TaskError: the id is unknown; the message lists near matches.
     """
