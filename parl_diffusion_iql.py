@@ -46,7 +46,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness.cli import RunArgs, parse_args, run_program
 from benchmarks.harness.datasets import distinct_states, set_up, trajectory_ends
-from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, in_parts, sample_on_all_cores
+from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, compiled, in_parts, sample_on_all_cores
 from benchmarks.harness.pictures import finish
 from benchmarks.harness.rollouts import collect_episode
 from benchmarks.harness.runs import Run
@@ -117,7 +117,7 @@ PRESETS: dict[str, dict] = {
     # here a good way takes 10 to 15 decisions, hence the faster target and the smaller discount. Fewer candidates and
     # steps than the paper's 32, 10 and 10 are for the time they take; what they cost in success was not measured.
     "pointmaze": dict(
-        num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50,
+        num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50, compile="no",
         eval_processes=False, num_offline_evals=3, num_online_evals=4, log_every=50, policy_hidden=64, policy_blocks=2,
         cloning_batch_size=256, policy_lr=1e-3, policy_warmup=200, distill_lr=3e-4, ensemble_size=2,
         expectile=0.9, critic_hidden=(128, 128), critic_lr=1e-3, discount=0.95, target_tau=0.03, num_bins=64,
@@ -130,7 +130,7 @@ PRESETS: dict[str, dict] = {
         policy_dropout=0.0, cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, distill_lr=5e-5, ensemble_size=2,
         critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64,
         num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False,
-        distill_selection="sample", utd=0.5, distill_ratio=0.05),
+        distill_selection="sample", utd=0.5, distill_ratio=0.05, compile="no"),
 }  # fmt: skip
 
 
@@ -395,9 +395,8 @@ def optimize(critic, obs, actions, args: Args, best_only: bool, data_actions=Non
     """`optimize_actions` with the run's settings; but for --plain with the same critic made fast, the same best one."""
     critic, exact = (critic, 0) if args.plain else (FrozenCritic(critic), 0 if args.climb_all else args.num_keep + 1)
     settings = args.num_keep, args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0
-    switches = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
-    part = lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *switches)  # noqa: E731
-    return in_parts(part, 4096, obs, actions, data_actions)
+    flags = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
+    return in_parts(lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *flags), obs, actions, data_actions)
 
 
 def select_actions(actions, q, greedy: bool):
@@ -582,6 +581,7 @@ def main(argv: list[str] | None = None) -> None:
     sampler = copy.deepcopy(ema_policy)  # whose candidates are annotated offline: the policy as of the last refresh
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
     critic_optimizer = torch.optim.Adam([*critic.parameters(), *value.parameters()], args.critic_lr, fused=True)
+    policy.loss, update_critic = compiled(args, device, policy.loss, critic_update)
     distilling = args.extraction == "parl"
 
     def act_optimized(obs):  # pi^opt of algorithm 1; IDQL only re-ranks
@@ -610,7 +610,7 @@ def main(argv: list[str] | None = None) -> None:
         greedy, num_distill = choose_greedy_distillation(args, []), round(args.distill_every * args.distill_ratio)
         for step in run.steps("offline", args.num_offline_steps, envs, act_optimized, args.num_offline_evals):
             index = buffer.sample_index((1, args.batch_size))[0]
-            info = critic_update(critic, target_critic, value, critic_optimizer, buffer, index, args)
+            info = update_critic(critic, target_critic, value, critic_optimizer, buffer, index, args)
             rounds, rest = divmod(step + 1, args.distill_every)
             if rest == 0 and distilling and num_distill and step >= args.distill_after * args.num_offline_steps:
                 if args.refresh_every and (rounds - 1) % args.refresh_every == 0:
@@ -639,7 +639,7 @@ def main(argv: list[str] | None = None) -> None:
                 metrics |= distill(policy, ema_policy, policy_optimizer, critic, buffer, num_distill, greedy, args)[1]
             for rows in buffer.sample_index((num_critic, args.batch_size)):
                 run.check_stop()
-                metrics |= critic_update(critic, target_critic, value, critic_optimizer, buffer, rows, args)
+                metrics |= update_critic(critic, target_critic, value, critic_optimizer, buffer, rows, args)
             run.count(episodes=1, env_steps=len(episode), updates=num_distill + num_critic)
             run.log(metrics)
         finish(run, env, make_env, act_optimized, ema_policy, critic)

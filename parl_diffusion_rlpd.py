@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness.cli import RunArgs, parse_args, run_program
 from benchmarks.harness.datasets import distinct_states, set_up, trajectory_ends
-from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, in_parts, sample_on_all_cores
+from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, compiled, in_parts, sample_on_all_cores
 from benchmarks.harness.pictures import finish
 from benchmarks.harness.rollouts import collect_episode
 from benchmarks.harness.runs import Run
@@ -112,7 +112,7 @@ PRESETS: dict[str, dict] = {
     # here a good way takes 10 to 15 decisions, hence the faster target and the smaller discount. Fewer candidates and
     # steps than the paper's 32, 10 and 10 are for the time they take; what they cost in success was not measured.
     "pointmaze": dict(
-        num_cloning_steps=2_000, num_warmup_episodes=10, num_online_episodes=200, eval_episodes=50,
+        num_cloning_steps=2_000, num_warmup_episodes=10, num_online_episodes=200, eval_episodes=50, compile="no",
         eval_processes=False, num_online_evals=20, log_every=50, policy_hidden=64, policy_blocks=2,
         cloning_batch_size=256, policy_lr=1e-3, policy_warmup=200, distill_lr=3e-4, ensemble_size=2,
         critic_hidden=(128, 128), critic_lr=1e-3, discount=0.95, target_tau=0.03, num_bins=64, batch_size=64,
@@ -125,7 +125,7 @@ PRESETS: dict[str, dict] = {
         policy_dropout=0.0, cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, distill_lr=5e-5, ensemble_size=2,
         critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64,
         num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False,
-        distill_selection="sample", utd=4.0, distill_ratio=0.05),
+        distill_selection="sample", utd=4.0, distill_ratio=0.05, compile="no"),
 }  # fmt: skip
 
 
@@ -390,9 +390,8 @@ def optimize(critic, obs, actions, args: Args, best_only: bool, data_actions=Non
     """`optimize_actions` with the run's settings; but for --plain with the same critic made fast, the same best one."""
     critic, exact = (critic, 0) if args.plain else (FrozenCritic(critic), 0 if args.climb_all else args.num_keep + 1)
     settings = args.num_keep, args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0
-    switches = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
-    part = lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *switches)  # noqa: E731
-    return in_parts(part, 4096, obs, actions, data_actions)
+    flags = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
+    return in_parts(lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *flags), obs, actions, data_actions)
 
 
 def select_actions(actions, q, greedy: bool):
@@ -565,6 +564,7 @@ def main(argv: list[str] | None = None) -> None:
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
+    policy.loss, update_critic = compiled(args, device, policy.loss, critic_update)
 
     def act_cloned(obs):
         return ema_policy.sample(obs, 1)[:, 0]
@@ -606,7 +606,7 @@ def main(argv: list[str] | None = None) -> None:
             refresh_candidates(ema_policy, buffer, buffer.next_index[index])
             for rows in index:
                 run.check_stop()
-                metrics |= critic_update(critic, target_critic, critic_optimizer, buffer, rows, args)
+                metrics |= update_critic(critic, target_critic, critic_optimizer, buffer, rows, args)
             if num_critic:
                 metrics["q_std"] = q_spread(critic, buffer, buffer.next_index[rows], args)
                 q_stds.append(metrics["q_std"].item())

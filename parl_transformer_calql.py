@@ -46,7 +46,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness.cli import RunArgs, parse_args, run_program
 from benchmarks.harness.datasets import distinct_states, set_up, trajectory_ends
-from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, in_parts, sample_on_all_cores
+from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, compiled, in_parts, sample_on_all_cores
 from benchmarks.harness.pictures import finish
 from benchmarks.harness.rollouts import collect_episode
 from benchmarks.harness.runs import Run
@@ -117,7 +117,7 @@ PRESETS: dict[str, dict] = {
     # here a good way takes 10 to 15 decisions, hence the faster target and the smaller discount. Fewer candidates and
     # steps than the paper's 32, 10 and 10 are for the time they take; what they cost in success was not measured.
     "pointmaze": dict(
-        num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50,
+        num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50, compile="no",
         eval_processes=False, num_offline_evals=3, num_online_evals=4, log_every=50, policy_width=64, policy_layers=2,
         policy_heads=4, policy_ema=0.002, policy_lr=1e-3, policy_warmup=200, distill_lr=3e-4, ensemble_size=2,
         critic_hidden=(128, 128), critic_lr=1e-3, discount=0.95, target_tau=0.03, num_bins=64, cql_actions=4,
@@ -130,7 +130,7 @@ PRESETS: dict[str, dict] = {
         policy_ema=0.002, policy_lr=5e-4, policy_warmup=500, distill_lr=5e-5, ensemble_size=2, critic_hidden=(256, 256),
         critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64, cql_actions=2, num_samples=4, num_keep=4,
         num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False, distill_selection="sample", utd=0.5,
-        distill_ratio=0.05),
+        distill_ratio=0.05, compile="no"),
 }  # fmt: skip
 
 
@@ -415,9 +415,8 @@ def optimize(critic, obs, actions, args: Args, best_only: bool, data_actions=Non
     """`optimize_actions` with the run's settings; but for --plain with the same critic made fast, the same best one."""
     critic, exact = (critic, 0) if args.plain else (FrozenCritic(critic), 0 if args.climb_all else args.num_keep + 1)
     settings = args.num_keep, args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0
-    switches = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
-    part = lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *switches)  # noqa: E731
-    return in_parts(part, 4096, obs, actions, data_actions)
+    flags = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
+    return in_parts(lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *flags), obs, actions, data_actions)
 
 
 def select_actions(actions, q, greedy: bool):
@@ -611,6 +610,7 @@ def main(argv: list[str] | None = None) -> None:
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
+    policy.loss, update_critic = compiled(args, device, policy.loss, critic_update)
 
     def act_optimized(obs):  # pi^opt of algorithm 1
         actions, q = optimize(critic, obs, ema_policy.sample(obs, args.num_samples), args, args.greedy_rollouts)
@@ -636,7 +636,7 @@ def main(argv: list[str] | None = None) -> None:
                     refresh_candidates(ema_policy, buffer, part)
         for step in run.steps("offline", args.num_offline_steps, envs, act_optimized, args.num_offline_evals):
             index = buffer.sample_index((1, args.batch_size))[0]
-            info = critic_update(critic, target_critic, critic_optimizer, buffer, index, args)
+            info = update_critic(critic, target_critic, critic_optimizer, buffer, index, args)
             if (step + 1) % args.log_every == 0:
                 info["q_std"] = q_spread(critic, buffer, buffer.obs_index[index], args)
                 q_stds += [info["q_std"].item()] if 2 * step >= args.num_offline_steps else []
@@ -660,7 +660,7 @@ def main(argv: list[str] | None = None) -> None:
             refresh_candidates(ema_policy, buffer, torch.cat([buffer.obs_index[index], buffer.next_index[index]]))
             for rows in index:
                 run.check_stop()
-                metrics |= critic_update(critic, target_critic, critic_optimizer, buffer, rows, args)
+                metrics |= update_critic(critic, target_critic, critic_optimizer, buffer, rows, args)
             run.count(episodes=1, env_steps=len(episode), updates=num_distill + num_critic)
             run.log(metrics)
         finish(run, env, make_env, act_optimized, ema_policy, critic)

@@ -168,6 +168,7 @@ def fine_tune(options: Options) -> list[dict]:
         cloned = copy.deepcopy(average)
         policy_optimizer = torch.optim.Adam(policy.parameters(), args.distill_lr, fused=True)
         critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
+        way += "" if options.greedy else ", draws taught"
         acts = {"alone": alone(average), "ranked": optimized(average, critic, args),
                 "cloned": optimized(cloned, critic, args)}  # fmt: skip
         states = buffer.states[torch.randperm(len(buffer.states))[:2_000]]
@@ -210,6 +211,8 @@ TITLES = {
     "cloned": "success, %: cloned policy, optimized by this critic",
     "spread": "spread of the policy's samples",
     "gap": "Q of the actions taken, less the return that followed",
+    "success_rate": "success, %: the policy that acts",
+    "return": "return",
 }
 
 
@@ -221,8 +224,9 @@ def draw(options: Options) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for name in options.csv for row in csv.DictReader(open(name, newline=""))]
-    unit = "episodes" if "episodes" in rows[0] else "updates"
-    for row in rows if unit == "episodes" else []:
+    online, curves = "q_taken" in rows[0], "success_rate" in rows[0]
+    unit = "episodes" if online else "updates"
+    for row in rows if online else []:
         row["gap"] = float(row["q_taken"]) - float(row["followed"])
     titles = {column: title for column, title in TITLES.items() if column in rows[0]}
     figure, axes = plt.subplots(1, len(titles), figsize=(4.3 * len(titles), 3.8), layout="constrained")
@@ -235,14 +239,14 @@ def draw(options: Options) -> None:
                     lines.setdefault(row["seed"], []).append((int(row[unit]), factor * float(row[column])))
             for line in lines.values():
                 ax.plot(*zip(*line), color=f"C{i}", lw=0.7, alpha=0.4)
-            mean = np.mean([[y for _, y in line] for line in lines.values()], 0)
-            ax.plot([x for x, _ in line], mean, "o-", ms=3, color=f"C{i}", lw=2, label=f"{way} (n={len(lines)})")
-        ax.set(xlabel="distilling updates" if unit == "updates" else "online episodes")
+            mean = np.mean(list(lines.values()), 0).T  # of x as well: online, seeds differ in updates
+            ax.plot(*mean, "o-", ms=3, color=f"C{i}", lw=2, label=f"{way} (n={len(lines)})")
+        ax.set(xlabel="online episodes" if online else "updates" if curves else "distilling updates")
         ax.set_title(title, fontsize=10)
-        if column != "gap":
+        if column not in ("gap", "return"):
             ax.set_ylim(0, 103 if factor == 100 else None)
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8)
     figure.suptitle(options.title, fontsize=11)
     figure.savefig(options.draw, dpi=110)
 

@@ -4,6 +4,7 @@
     python benchmarks/speed.py --case all --seconds 30 --json speed.json
     python benchmarks/speed.py --script parl_transformer_calql --case antmaze
     python benchmarks/speed.py --preset kitchen --obs-dim 59 --action-dim 9 --device cuda
+    python benchmarks/speed.py --device cuda --compile                   # updates as --compile makes them
     python benchmarks/speed.py --profile "critic update"                 # what that phase spends its time on
     python benchmarks/speed.py --against ../before --phase acting        # was it worth it? this checkout and another
 
@@ -104,6 +105,7 @@ class Options:
     against: str = ""  # folder of another checkout: time it and this one in turn, and print the ratio by phase
     profile: str = ""  # instead of the table: where the time goes in the phases that have this in their names
     json: str = ""  # write the measurements to this file as well
+    compile: bool = False  # time the updates as the script's --compile yes makes them
 
 
 # --- WHAT IS MEASURED ---
@@ -353,6 +355,9 @@ def measure(options: Options, case: dict, device) -> dict:
     args = arguments(script, case, device)
     torch.manual_seed(0)
     net = build(script, args, case["obs_dim"], case["action_dim"], device)
+    if options.compile:
+        args = dataclasses.replace(args, compile="yes")
+        net.policy.loss, script.critic_update = script.compiled(args, device, net.policy.loss, script.critic_update)
     timed(lambda: critic_step(script, net, args, net.buffer.sample_index((1, args.batch_size))[0]), device)
     result = {"first_update_seconds": time.perf_counter() - START, "peak_memory_gb": peak_memory(device), "phases": []}
 
@@ -700,6 +705,8 @@ def check_options(options: Options) -> torch.device:
         fail(f"--preset {options.preset} needs --obs-dim and --action-dim, both at least 1")
     if not options.preset and (options.obs_dim or options.action_dim):
         fail("--obs-dim and --action-dim go with --preset; a case has its own")
+    if options.compile and (options.against or options.profile):
+        fail("--compile goes with the table only: leave --against and --profile out")
     if options.against and options.profile:
         fail("give --against or --profile, not both")
     if options.against and not (pathlib.Path(options.against) / "benchmarks").is_dir():
@@ -732,7 +739,7 @@ def run_all(options: Options) -> list[dict]:
             file = pathlib.Path(folder) / f"{name}.json"
             flags = ["--script", options.script, "--case", name, "--device", options.device, "--json", str(file),
                      "--threads", str(options.threads), "--seconds", str(options.seconds),
-                     "--phase", options.phase]  # fmt: skip
+                     "--phase", options.phase, *(["--compile"] if options.compile else [])]  # fmt: skip
             code = subprocess.run([sys.executable, __file__, *flags]).returncode
             if code:
                 raise SystemExit(code)

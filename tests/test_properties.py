@@ -245,7 +245,7 @@ def test_in_parts_is_the_function_itself():
     x, y = torch.randn(203, 4), torch.arange(203.0)
     for size, parts in ((100, [100, 100, 3]), (203, [203]), (1000, [203])):
         sizes.clear()
-        doubled, difference = fast_critic.in_parts(function, size, x, y, None)
+        doubled, difference = fast_critic.in_parts(function, x, y, None, size=size)
         assert torch.equal(doubled, 2 * x) and torch.equal(difference, x[:, 0] - y)
         assert sizes == parts
 

@@ -391,6 +391,7 @@ def test_against_what_cannot_be_measured(main, tmp_path, monkeypatch):
         (dict(profile="acting", json="speed.json"), "--json"),
         (dict(profile="acting", case="all"), "one case"),
         (dict(profile="acting", threads=2), "one thread"),
+        (dict(compile=True, profile="acting"), "--compile"),
         (dict(device="abacus"), "--device"),
         (dict(device="meta"), "--device"),
     ],

@@ -28,6 +28,7 @@ class RunArgs:
     seed: int = 1  # seed of everything but the dataset
     device: str = "auto"  # auto: the GPU if there is one
     threads: int = 0  # CPU threads, 0: all cores this process may use
+    compile: Literal["auto", "yes", "no"] = "auto"  # compile the updates, which takes a minute or two; auto: on a GPU
     plain: bool = False  # rank and climb with the script's own critic, not harness/fast_critic.py: the same, slower
     runs: str = "runs"  # folder in which the run's folder is made
     resume: str = ""  # folder of a run to continue
@@ -92,7 +93,7 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
 # What a resumed run may change: where things lie and how it is watched, not what is learned.
 FREE = {
     "track", "wandb_project", "capture_video", "checkpoint_seconds", "device", "threads", "eval_processes", "runs",
-    "dataset_path", "dataset_source", "serve", "serve_host", "ray", "num_cache_workers",
+    "dataset_path", "dataset_source", "compile", "serve", "serve_host", "ray", "num_cache_workers",
 }  # fmt: skip
 
 

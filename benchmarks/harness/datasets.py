@@ -10,6 +10,8 @@ from benchmarks.harness.cli import fail, start_torch
 from benchmarks.harness.rollouts import check_optional_parts, check_rewards, make_vector_env, rescaled
 from benchmarks.tasks.dataset import ARRAYS
 
+FLAGS = "terminals", "timeouts"
+
 
 def set_up(args, make_env, load_dataset):
     """The device, and the task `args.env_id` with actions in [-1, 1] throughout.
@@ -34,10 +36,9 @@ def set_up(args, make_env, load_dataset):
     space = env.env.action_space
     check_dataset(dataset, env, space, args)
     actions = np.clip(2 * (dataset.actions - space.low) / (space.high - space.low) - 1, -1, 1)
-    numbers = {name: getattr(dataset, name) for name in ("observations", "rewards", "next_observations")}
-    flags = {name: np.asarray(getattr(dataset, name)).astype(bool) for name in ("terminals", "timeouts")}
-    numbers = {name: np.asarray(array, np.float32) for name, array in (numbers | {"actions": actions}).items()}
-    dataset = dataclasses.replace(dataset, **numbers, **flags)
+    numbers = {name: np.asarray(getattr(dataset, name), np.float32) for name in ARRAYS if name not in FLAGS}
+    flags = {name: np.asarray(getattr(dataset, name)).astype(bool) for name in FLAGS}
+    dataset = dataclasses.replace(dataset, **numbers | flags | {"actions": actions.astype(np.float32)})
     say_where_ends_differ(dataset)
     return device, env, envs, dataset
 
@@ -61,7 +62,7 @@ def check_dataset(dataset, env, space, args) -> None:
     if N == 0:
         fail("the dataset is empty")
     shapes = {"observations": (N, O), "next_observations": (N, O), "actions": (N, A), "rewards": (N,)}
-    for name, shape in (shapes | dict.fromkeys(("terminals", "timeouts"), (N,))).items():
+    for name, shape in (shapes | dict.fromkeys(FLAGS, (N,))).items():
         array = np.asarray(getattr(dataset, name))
         if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
             fail(f"the dataset's {name} have dtype {array.dtype}; they must be numbers ({dataset.source})")
@@ -70,7 +71,7 @@ def check_dataset(dataset, env, space, args) -> None:
         if not np.isfinite(array).all():
             row = int(np.flatnonzero(~np.isfinite(array.reshape(N, -1)).all(1))[0])
             fail(f"the dataset's {name} hold NaN or infinity, first in row {row} ({dataset.source})")
-    for name in ("terminals", "timeouts"):
+    for name in FLAGS:
         if not np.isin(getattr(dataset, name), (0, 1)).all():
             fail(f"the dataset's {name} hold values other than 0 and 1 ({dataset.source})")
     if args.reward_min == 0:
@@ -92,9 +93,7 @@ def trajectory_ends(dataset) -> np.ndarray:
 
 def flagged(dataset) -> np.ndarray:
     """Rows (N,) whose flags end a trajectory; the last one always does."""
-    ends = dataset.terminals | dataset.timeouts
-    ends[-1:] = True
-    return ends
+    return dataset.terminals | dataset.timeouts | (np.arange(len(dataset)) == len(dataset) - 1)
 
 
 def jumps(dataset) -> np.ndarray:

@@ -57,7 +57,8 @@ class FrozenCritic:
     def _groups(self, actions):
         """Members to evaluate together."""
         E, rows = self.critic.ensemble_size, actions.shape[0] * actions.shape[1]
-        size = E if actions.is_cuda else max(1, CACHE_FLOATS // (rows * self.critic.width))
+        whole = actions.device.type != "cpu" or torch.compiler.is_compiling()
+        size = E if whole else max(1, CACHE_FLOATS // (rows * self.critic.width))
         return [slice(first, min(E, first + size)) for first in range(0, E, size)]
 
     def _forward(self, obs, actions, members, saved=None):
@@ -141,23 +142,21 @@ def over_states(function, *tensors, floats_per_state, dim=0):
     The function takes tensors with states in the first dimension and returns tensors with states in dimension `dim`; it
     must not draw random numbers, and sets its own grad mode, which other threads do not inherit.
     """
-    if tensors[0].device.type != "cpu" or len(tensors[0]) == 1:  # one state has all cores to itself
-        return function(*tensors)
+    if tensors[0].device.type != "cpu" or len(tensors[0]) == 1 or torch.compiler.is_compiling():
+        return function(*tensors)  # one state has all cores to itself
     threads = torch.get_num_threads()
     states, limit = len(tensors[0]), max(1, CACHE_FLOATS // floats_per_state)
     rounds = max(1, math.ceil(states / (threads * limit)))
     chunk = max(1, math.ceil(states / (threads * rounds)))  # the same number of chunks for each thread
     parts = list(zip(*(tensor.split(chunk) for tensor in tensors)))
-    if threads == 1:
-        results = [function(*part) for part in parts]
-    else:
-        results = list(single_threaded_workers(threads).map(lambda part: function(*part), parts))
+    spread = map if threads == 1 else single_threaded_workers(threads).map
+    results = list(spread(lambda part: function(*part), parts))
     if isinstance(results[0], tuple):
         return tuple(torch.cat(column, dim) for column in zip(*results))
     return torch.cat(results, dim)
 
 
-def in_parts(function, size: int, *tensors):
+def in_parts(function, *tensors, size: int = 4096):
     """`function(*tensors)` on `size` states at a time, for what memory holds; a tensor may be None."""
     if len(tensors[0]) <= size:
         return function(*tensors)
@@ -170,6 +169,18 @@ def sample_on_all_cores(policy, obs, num_samples: int):
     noise = policy.draw_noise(obs, num_samples)
     floats = num_samples * policy.width
     return over_states(lambda o, z: policy.sample(o, num_samples, z), obs, noise, floats_per_state=floats)
+
+
+def compiled(args, device, *functions):
+    """The functions as `torch.compile` makes them where --compile asks for it, else as they are; the same random draws.
+
+    How many candidates can win differs from batch to batch. There alone the host waits for the device, and the rest is
+    compiled for any number: to climb a fixed one, most of it in vain, would cost more (estimated, not measured).
+    """
+    if args.compile == "no" or (args.compile == "auto" and device.type != "cuda"):
+        return functions
+    options = {"fallback_random": True, "pattern_matcher": False}  # torch 2.13's matcher fails on randperm(n)[:k]
+    return [torch.compile(function, options=options) for function in functions]
 
 
 @functools.cache

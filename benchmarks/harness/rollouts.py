@@ -1,5 +1,6 @@
 """Episodes: one to learn from, many at a time to measure by, a few on film."""
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -161,16 +162,10 @@ def film(run, make_env, act, episodes: int = 3) -> None:
 
 def check_optional_parts(args, make_env) -> None:
     """--track and --capture-video need packages that are not installed by default: say so now, not after hours."""
-    if args.track:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs Weights & Biases: pip install wandb")
+    for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            fail(f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
     if args.capture_video:
-        try:
-            import moviepy  # noqa: F401
-        except ImportError:
-            fail("--capture-video needs moviepy: pip install moviepy")
         try:
             env = make_env(args.env_id, render_mode="rgb_array")
             env.reset()

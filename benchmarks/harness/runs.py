@@ -255,7 +255,8 @@ class Run:
                 self._check_values({f"a weight of the {name}": math.nan})
         self.progress["seconds"] = time.monotonic() - self.started
         state = {
-            "progress": self.progress, "results": self.results, "curve": self.curve, "episodes": self._episodes(),
+            "progress": self.progress, "results": self.results, "curve": self.curve,
+            "episodes": [{name: torch.as_tensor(getattr(e, name)) for name in ARRAYS} for e in self.buffer.data[1:]],
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "data": self.data, "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
         }  # fmt: skip
@@ -271,7 +272,8 @@ class Run:
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
             same_data = state["data"] == self.data
-            self._add_episodes(state["episodes"])
+            for episode in state["episodes"]:
+                self.buffer.add(Dataset(**{name: episode[name].numpy() for name in ARRAYS}))
         except Exception as error:  # a damaged file can raise almost anything
             fail(f"{path} cannot be read or does not fit this run ({str(error).splitlines()[0]})")
         if not same_data:
@@ -280,14 +282,6 @@ class Run:
         torch.set_rng_state(state["rng"])
         if len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
-
-    def _episodes(self):
-        """The buffer's online episodes, as tensors."""
-        return [{name: torch.as_tensor(getattr(episode, name)) for name in ARRAYS} for episode in self.buffer.data[1:]]
-
-    def _add_episodes(self, episodes):
-        for episode in episodes:
-            self.buffer.add(Dataset(**{name: episode[name].numpy() for name in ARRAYS}))
 
     def _make_folder(self) -> pathlib.Path:
         """A folder that no other run has, with room for two checkpoints (the old one stands until the new is whole)."""

@@ -35,8 +35,8 @@ def make_env(env_id: str, **kwargs):
         env_id: one of `env_ids()`.
         kwargs: passed to the family, e.g. `render_mode="rgb_array"`.
     Returns:
-        a `gymnasium.Env` whose observations are float32 vectors (of `visual-*` and `widowx-*` a dict of `image` and `proprio`);
-        `info["success"]` says whether the goal was reached.
+        a `gymnasium.Env` whose observations are float32 vectors (of `visual-*` and `widowx-*` a dict of `image` and
+        `proprio`); `info["success"]` says whether the goal was reached.
     Raises:
         TaskError: the id is unknown; the message lists near matches.
     """

@@ -71,7 +71,7 @@ class WidowXEnv(gym.Env):
     Args:
         client: a `WidowXClient`, or what answers its calls.
         instruction: what the policy is told to do; lower case.
-        prepare: called with the seed (or None) before each reset, to put the objects in their places.
+        prepare: called with the seed (or None) once the arm is at its start, to put the objects in their places.
         judge: called with `image`, `proprio` and whether this is the last step, after each step: True if the task is
             done, False to end the episode without, None to go on.
         image_size: H = W of the observed images; what the camera gives is resized to it, as for OpenVLA.
@@ -107,8 +107,9 @@ class WidowXEnv(gym.Env):
         super().reset(seed=seed)
         if not self.connected:
             self._connect()
-        self.prepare(seed)
-        self.obs = self._until_at_start(lambda _: self.client.reset())
+        self._until_at_start(lambda _: self.client.reset())
+        self.prepare(seed)  # not before: the gripper may hold something, and no hand should be near an arm that moves
+        self.obs = self._observe(time.monotonic() + self.patience)
         # From here on we follow the target that the robot keeps to itself; its reset sets it to where the arm is.
         proprio = self.obs["proprio"].astype(float)
         self.target, self.gripper = (proprio[:3], rotation(proprio[3:6]) @ DOWN), 1.0
@@ -132,11 +133,11 @@ class WidowXEnv(gym.Env):
         free, _ = next_target(*self.target, executed, here, -np.inf, np.inf)
         target = next_target(*self.target, executed, here, *self.workspace)
         executed[:3] += target[0] - free  # what the workspace cut off
-        status = self.client.step_action(action, blocking=False)
+        status = self.client.step_action(executed.copy(), blocking=False)
         if self.hz is not None:
             time.sleep(max(0.0, self.ticked + 1 / self.hz - time.monotonic()))
-        self.obs = self._observe(time.monotonic() + self.patience)
-        self.ticked = time.monotonic()
+        self.ticked = time.monotonic()  # observing and the policy's thinking count towards the next period
+        self.obs = self._observe(self.ticked + self.patience)
         if status != SUCCESS and not self._moved(target, executed[6]):
             executed = np.array([0.0] * 6 + [self.gripper])
             target = self.target
@@ -177,7 +178,11 @@ class WidowXEnv(gym.Env):
             "return_full_image": False, "camera_topics": [{"name": "/blue/image_raw"}],
         }  # fmt: skip
         deadline = time.monotonic() + self.patience
-        while (status := self.client.init(params, image_size=self.image_size)) != SUCCESS:
+        while True:
+            status = self.client.init(params, image_size=self.image_size)
+            raw = self._answer(deadline)  # a server that starts a robot is silent for ten seconds
+            if status in (SUCCESS, NO_CONNECTION) and np.size(raw["state"]) == 7:
+                break
             if time.monotonic() > deadline:
                 raise RobotError(f"the robot's server does not start ({_name(status)} for {self.patience:g} s)")
             time.sleep(RETRY_SECONDS)
@@ -206,7 +211,8 @@ class WidowXEnv(gym.Env):
                 self._connect()
             obs = self._observe(deadline)
             distance = np.linalg.norm(obs["proprio"][:3] - self.start[:3])
-            if distance < ARRIVED and status != NOT_INITIALIZED:
+            opened = abs(obs["proprio"][6] - self.start[6]) < 0.5
+            if distance < ARRIVED and opened and status in (SUCCESS, NO_CONNECTION):
                 return obs
             if time.monotonic() > deadline:
                 raise RobotError(
@@ -214,13 +220,21 @@ class WidowXEnv(gym.Env):
                 )
             time.sleep(RETRY_SECONDS)
 
-    def _observe(self, deadline) -> dict:
-        """The next observation there is; before a robot is initialized its state is empty."""
-        while (raw := self.client.get_observation()) is None or np.size(raw["state"]) != 7:
+    def _answer(self, deadline) -> dict:
+        """What the client returns as soon as it returns anything."""
+        while (raw := self.client.get_observation()) is None:
             if time.monotonic() > deadline:
                 raise RobotError(
                     f"no observation from the robot for {self.patience:g} s: is its server running, the camera on?"
                 )
+            time.sleep(RETRY_SECONDS)
+        return raw
+
+    def _observe(self, deadline) -> dict:
+        """The next observation there is. Raises RobotError if the server has lost its robot (an empty state)."""
+        while np.size((raw := self._answer(deadline))["state"]) != 7:
+            if time.monotonic() > deadline:
+                raise RobotError(f"the robot's server has had no robot for {self.patience:g} s")
             time.sleep(RETRY_SECONDS)
         image = np.asarray(raw["full_image"], np.uint8)
         if image.shape != (self.image_size, self.image_size, 3):
@@ -247,7 +261,7 @@ def make_sim(
     client = SimClient(env_id.split("-")[2], image_size, distractors, drop_rate)
     return WidowXEnv(
         client, client.task.instruction,
-        prepare=lambda seed: None if seed is None else client.seed(seed),
+        prepare=lambda seed: None if seed is None else client.place(seed),
         judge=lambda image, proprio, last: True if client.success() else None,
         image_size=image_size, max_steps=max_steps, hz=hz, start=SIM_START, workspace=SIM_WORKSPACE, patience=patience,
     )  # fmt: skip
@@ -268,6 +282,7 @@ def make_real(
         the others: see `WidowXEnv`.
     Raises:
         TaskError: there is no instruction, no such reward program, or no client installed.
+        RobotError: no server answers, or this process has made a client before: the public one works once.
     """
     if not instruction.strip():
         raise TaskError('widowx-real needs an instruction, e.g. "put the vegetable on the plate"')
@@ -275,15 +290,25 @@ def make_real(
     try:
         client_class = importlib.import_module("widowx_envs.widowx_env_service").WidowXClient
     except ImportError as error:
-        raise TaskError(f"{INSTALL} ({(str(error).splitlines() or ['?'])[0]})") from error
+        raise TaskError(f"{INSTALL} ({_first_line(error)})") from error
+    try:
+        client = client_class(host=host, port=port)
+    except Exception as error:  # the client raises a bare one
+        raise RobotError(
+            f"no robot at {host}:{port} ({_first_line(error)}); is `widowx_env_service.py --server` running there?"
+        ) from error
 
     def prepare(seed):
         answer(ask, "Put the objects in new places, step back, and press Enter: ")
 
     return WidowXEnv(
-        client_class(host=host, port=port), instruction, prepare, judge, image_size=image_size,
-        max_steps=max_steps, hz=hz, start=start, workspace=workspace, patience=patience,
+        client, instruction, prepare, judge, image_size=image_size, max_steps=max_steps, hz=hz, start=start,
+        workspace=workspace, patience=patience,
     )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def answer(ask, question: str) -> str:
@@ -330,7 +355,7 @@ def program_judge(reward: str):
 # --- DEMONSTRATIONS ---
 
 
-def scripted_action(client: SimClient, rng: np.random.Generator, noise: float = 0.0) -> np.ndarray:
+def scripted_action(client: SimClient, rng: np.random.Generator | None = None, noise: float = 0.0) -> np.ndarray:
     """What a demonstrator who sees the objects' true positions does next, through `step_action` alone.
 
     It looks at nothing but the present state, so that a policy can be cloned from it; noise therefore asks for no plan
@@ -360,7 +385,8 @@ def scripted_action(client: SimClient, rng: np.random.Generator, noise: float = 
         action[2] += np.clip(2.0 * (aside - 0.01), 0.0, 0.07)  # come from above
         action[6] = not ready
     action = np.clip(action, SCRIPT_LOW, SCRIPT_HIGH)
-    action[:6] += noise * SCRIPT_HIGH[:6] * rng.normal(size=6)
+    if noise > 0:
+        action[:6] += noise * SCRIPT_HIGH[:6] * rng.normal(size=6)
     return np.clip(action, SCRIPT_LOW, SCRIPT_HIGH).astype(np.float32)
 
 

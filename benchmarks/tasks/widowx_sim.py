@@ -52,7 +52,7 @@ class Task:
 
 
 COUNTER, SINK, RACK = (0.29, 0.14, 0.05, 0.045), (0.29, -0.01, 0.09, 0.07), (0.29, -0.165, 0.08, 0.055)
-PLATE = (0.29, -0.01, 0.045, 0.045)
+PLATE = (0.29, -0.01, 0.04, 0.04)
 SINK_DEPTH, RACK_HEIGHT = 0.03, 0.03
 TASKS = {
     "vegetable": Task(
@@ -63,8 +63,8 @@ TASKS = {
         True,
     ),
     "pot": Task(
-        "put the pot in the sink", "pot", (0.29, -0.165, 0.04, 0.015), RACK_HEIGHT, SINK, -SINK_DEPTH, "wing",
-        (0.29, 0.0, 0.06, 0.04), False,
+        "put the pot in the sink", "pot", (0.29, -0.165, 0.04, 0.015), RACK_HEIGHT, SINK, -SINK_DEPTH, "wing", COUNTER,
+        False,
     ),
 }  # fmt: skip
 
@@ -184,7 +184,7 @@ def build_model(task: Task, distractors: bool) -> mujoco.MjModel:
     folder = mesh_folder()
     names = ["1-Base", *(part[5] for part in ARM), "9-Gripper-Bar", "10-Finger"]
     meshes = "".join(
-        f'<mesh name="{name}" file="WXSA-250-M-{name}.stl" scale=".001 .001 .001" inertia="shell"/>' for name in names
+        f'<mesh name="{name}" file="WXSA-250-M-{name}.stl" scale=".001 .001 .001"/>' for name in names
     )
     things = {"target": task.target} | ({"distractor": task.distractor} if distractors else {})
     bodies = "".join(
@@ -193,17 +193,20 @@ def build_model(task: Task, distractors: bool) -> mujoco.MjModel:
     plate = ""
     if task.goal is PLATE:
         plate = (
-            f'<geom class="look" type="cylinder" pos="{PLATE[0]} {PLATE[1]} {-SINK_DEPTH}" size=".055 .0015" '
+            f'<geom class="look" type="cylinder" pos="{PLATE[0]} {PLATE[1]} {-SINK_DEPTH}" size=".055 .002" '
             'rgba=".95 .5 .65 1"/>'
         )
     servos = "".join(f'<position joint="{part[0]}" kp="300" kv="12"/>' for part in ARM)
     servos += "".join(
         f'<position joint="{side}_finger" kp="400" kv="10" forcerange="-6 6"/>' for side in ("left", "right")
     )
+    # The flags let a round bottom stand on a flat one at several points; MuJoCo before 3.3 left them off.
     return mujoco.MjModel.from_xml_string(f"""
     <mujoco>
     <compiler meshdir="{folder}" eulerseq="XYZ" angle="degree"/>
-    <option timestep="{TIMESTEP}" integrator="implicitfast" cone="elliptic" impratio="5"/>
+    <option timestep="{TIMESTEP}" integrator="implicitfast" cone="elliptic" impratio="5">
+      <flag multiccd="enable" nativeccd="enable"/>
+    </option>
     <visual>
       <global offwidth="1024" offheight="1024"/><quality offsamples="0" shadowsize="0"/>
       <headlight ambient=".45 .45 .45" diffuse=".45 .45 .45" specular="0 0 0"/><map znear=".05"/>
@@ -213,7 +216,7 @@ def build_model(task: Task, distractors: bool) -> mujoco.MjModel:
       <default class="finger"><joint type="slide" damping="2" armature=".05"/></default>
       <default class="look"><geom contype="0" conaffinity="0" mass="0" group="1"/></default>
       <default class="still"><geom contype="1" conaffinity="2" friction=".8 .01 .001"/></default>
-      <default class="thing"><geom contype="2" conaffinity="3" condim="4" friction="1 .01 .001"/></default>
+      <default class="thing"><geom contype="2" conaffinity="3" condim="6" friction="1 .01 .003"/></default>
       <default class="touch"><geom contype="2" conaffinity="2" mass="0" group="3"/></default>
       <default class="pad">
         <geom contype="2" conaffinity="3" condim="4" friction="1.5 .02 .001" mass="0" group="3"/>
@@ -238,8 +241,8 @@ def build_model(task: Task, distractors: bool) -> mujoco.MjModel:
 class SimClient:
     """The simulated robot behind the calls of `widowx_envs`' WidowXClient; no call takes wall-clock time of its own.
 
-    `reset` also stands in for the person who puts the objects back: they are drawn anew from the generator that `seed`
-    sets. For tests it can lose frames (`drop_rate`) and its connection (`disconnect`).
+    `reset` also stands in for the person who puts the objects back: they are drawn anew. For tests it can lose frames
+    (`drop_rate`) and its connection (`disconnect`).
 
     Args:
         task: a key of TASKS.
@@ -265,6 +268,11 @@ class SimClient:
     def seed(self, seed) -> None:
         """From now on the objects' poses are those of this seed."""
         self.random, self.frame_random = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+
+    def place(self, seed) -> None:
+        """Begin anew, with the objects where this seed puts them."""
+        self.seed(seed)
+        self._reset()
 
     def disconnect(self, calls: int) -> None:
         """The next `calls` calls are not answered: NO_CONNECTION, or None instead of an observation."""
@@ -304,8 +312,8 @@ class SimClient:
         return SUCCESS
 
     def reset(self) -> int:
-        if code := self._unready():
-            return code % 4
+        if (refusal := self._refusal()) is not None:
+            return refusal
         self._reset()
         return SUCCESS
 
@@ -314,8 +322,8 @@ class SimClient:
 
     def move(self, pose, duration: float = 1.0, blocking: bool = False) -> int:
         """To `pose`: (4, 4), or (6,) of xyz and euler angles against the world (straight down is pitch pi/2)."""
-        if code := self._unready():
-            return code % 4
+        if (refusal := self._refusal()) is not None:
+            return refusal
         pose = np.asarray(pose, float)
         if pose.shape != (4, 4):
             position, matrix = pose[:3], rotation(pose[3:])
@@ -327,16 +335,16 @@ class SimClient:
         return SUCCESS
 
     def move_gripper(self, state: float) -> int:
-        if code := self._unready():
-            return code % 4
+        if (refusal := self._refusal()) is not None:
+            return refusal
         self.gripper = float(state > 0.5)
         self._drive(STEP_SECONDS)
         return SUCCESS
 
     def step_action(self, action, blocking: bool = False) -> int:
         """One action of 7 numbers, or of 5 (without roll and pitch), clipped to LOW and HIGH; see widowx.py."""
-        if code := self._unready():
-            return code % 4
+        if (refusal := self._refusal()) is not None:
+            return refusal
         action = np.asarray(action, float)
         if len(action) == 5:
             action = np.concatenate([action[:3], [0.0, 0.0], action[3:]])
@@ -348,7 +356,7 @@ class SimClient:
 
     def get_observation(self) -> dict | None:
         """`full_image` (H, W, 3) uint8, `image` (1, 3 H W) float32, `state` (7,): xyz, euler angles, gripper."""
-        if self._unready() or self.frame_random.random() < self.drop_rate:
+        if self._refusal() is not None or self.frame_random.random() < self.drop_rate:
             return None
         image = self.render()
         flat = (image.transpose(2, 0, 1).reshape(1, -1) / 255).astype(np.float32)
@@ -389,9 +397,9 @@ class SimClient:
         lost, self.calls_to_lose = self.calls_to_lose > 0, max(0, self.calls_to_lose - 1)
         return lost
 
-    def _unready(self) -> int:
-        """0 if a call can be answered; else its code, with 4 for NO_CONNECTION so that it counts as true."""
-        return 4 + NO_CONNECTION if self._lost() else 0 if self.initialized else NOT_INITIALIZED
+    def _refusal(self) -> int | None:
+        """The code of a call that cannot be answered, else None."""
+        return NO_CONNECTION if self._lost() else None if self.initialized else NOT_INITIALIZED
 
     def _pose(self) -> tuple[np.ndarray, np.ndarray]:
         return self.data.site_xpos[self.site].copy(), self.data.site_xmat[self.site].reshape(3, 3).copy()
@@ -405,7 +413,7 @@ class SimClient:
         self.data.qpos[:8] = self.data.ctrl[:8] = [*joints, finger, -finger]
         places = [("target", self.task.target, self.task.start, self.task.start_height)]
         if self.distractors:
-            height = self.task.start_height if self.task.distractor_zone is self.task.start else -SINK_DEPTH
+            height = 0.0 if self.task.distractor_zone is COUNTER else -SINK_DEPTH
             places.append(("distractor", self.task.distractor, self.task.distractor_zone, height))
         taken = []
         for name, kind, (x, y, a, b), height in places:
