@@ -36,10 +36,10 @@ scripted demonstrations; it stands for the pre-trained model. On a GPU weights a
 
 import copy
 import dataclasses
-import hashlib
+import functools
+import itertools
 import math
 import pathlib
-import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -53,23 +53,11 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.harness.cli import RunArgs, fail, parse_args, run_program, start_torch
 from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, in_parts
 from benchmarks.harness.pictures import finish
-from benchmarks.harness.rollouts import check_optional_parts, make_vector_env
 from benchmarks.harness.runs import Run
-from benchmarks.tasks import make_env
-from benchmarks.tasks.widowx import collect_demonstrations
 from benchmarks.vla import checkpoint as files
-from benchmarks.vla.robot import (
-    RobotEnv,
-    as_episode,
-    episode_file,
-    get_episode,
-    no_data,
-    read_arrays,
-    unpack,
-    write_arrays,
-)  # fmt: skip
+from benchmarks.vla import robot
 from benchmarks.vla.server import serve
-from benchmarks.vla.workers import Pool
+from benchmarks.vla.workers import CachePool
 
 
 # --- ARGUMENTS ---
@@ -173,57 +161,39 @@ class Sizes:
 
 TINY = Sizes(112, (64, 4, 4, 128), (64, 4, 4, 128), (128, 3, 4, 256), 256, 1088, empty_token=2)
 EOS, NUM_BINS, ACTION_DIM, PATCH = 2, 256, 7, 14
-# Weights of the published checkpoint that the forward pass does not touch
-UNUSED = re.compile(r"vision_backbone\.(fused_)?featurizer\.(norm\.|attn_pool\.|blocks\.\d+\.)")
 # Mean and standard deviation of the two towers' pixels: DINOv2's are ImageNet's
-PIXEL_MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)
-PIXEL_STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
+PIXELS = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5), (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
 
 
 def to_pixels(images):
     """What both towers see of images, uint8 (B, 3, H, W) at the model's size -> float32 (B, 6, H, W), DINOv2 first."""
-    mean, std = (torch.tensor(t, device=images.device).view(6, 1, 1) for t in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (torch.tensor(value, device=images.device).view(6, 1, 1) for value in PIXELS)
     return (torch.cat([images, images], 1).float() / 255 - mean) / std
 
 
 def perceptron(*widths):
     """Linear layers fc1, fc2, ... with the exact GELU between them."""
     layers = OrderedDict()
-    for i, (inside, outside) in enumerate(zip(widths, widths[1:]), 1):
-        layers |= {f"fc{i}": nn.Linear(inside, outside), f"gelu{i}": nn.GELU()}
+    for i, sizes in enumerate(itertools.pairwise(widths), 1):
+        layers |= {f"fc{i}": nn.Linear(*sizes), f"gelu{i}": nn.GELU()}
     layers.popitem()
     return nn.Sequential(layers)
-
-
-class VisionAttention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.scale_factor = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return x * self.scale_factor
 
 
 class VisionBlock(nn.Module):
     def __init__(self, width, heads, hidden, layer_scale):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), VisionAttention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), perceptron(width, hidden, width)
-        self.ls1, self.ls2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
+        self.heads, self.mlp = heads, perceptron(width, hidden, width)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        scale = lambda: nn.ParameterDict({"scale_factor": torch.ones(width)}) if layer_scale else {}  # noqa: E731
+        self.ls1, self.ls2 = scale(), scale()
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attn["proj"](attended) * self.ls1.get("scale_factor", 1)
+        return x + self.mlp(self.norm2(x)) * self.ls2.get("scale_factor", 1)
 
 
 class VisionTower(nn.Module):
@@ -248,45 +218,28 @@ class VisionTower(nn.Module):
         return x if self.cls_token is None else x[:, 5:]
 
 
-class LlamaAttention(nn.Module):
-    def __init__(self, width, heads):
+class LlamaBlock(nn.Module):
+    def __init__(self, width, heads, hidden, eps):
         super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        linear = functools.partial(nn.Linear, bias=False)
+        self.heads, down = heads, {"down_proj": linear(hidden, width)}
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(width, eps) for _ in range(2))
+        self.self_attn = nn.ModuleDict({f"{name}_proj": linear(width, width) for name in "qkvo"})
+        self.mlp = nn.ModuleDict({f"{name}_proj": linear(width, hidden) for name in ("gate", "up")} | down)
 
     def forward(self, x, rotation, mask, cache, start):
         """x (B, T, D); mask (T, start + T) or None: causal. cache (2, B, heads, >= start + T, d) is filled in place."""
-        q, k, v = (
-            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        attention, mlp, h = self.self_attn, self.mlp, self.input_layernorm(x)
+        q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv")
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             end = start + x.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
             k, v = cache[:, :, :, :end]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(x.transpose(1, 2).flatten(2))
-
-
-class LlamaMLP(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LlamaBlock(nn.Module):
-    def __init__(self, width, heads, hidden, eps):
-        super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
-        self.self_attn, self.mlp = LlamaAttention(width, heads), LlamaMLP(width, hidden)
-
-    def forward(self, x, rotation, mask, cache, start):
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, start)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        x = x + attention["o_proj"](attended.transpose(1, 2).flatten(2))
+        h = self.post_attention_layernorm(x)
+        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
 
 
 class Llama(nn.Module):
@@ -299,7 +252,7 @@ class Llama(nn.Module):
 
     def forward(self, x, positions, mask=None, caches=None, start=0, checkpointed=False):
         """x (B, T, D) embedded, positions (T,) -> hidden (B, T, D). caches: one for each layer, filled up to start."""
-        rotation = rotary_embedding(positions, x.shape[-1] // self.layers[0].self_attn.heads, x.dtype)
+        rotation = rotary_embedding(positions, x.shape[-1] // self.layers[0].heads, x.dtype)
         for i, layer in enumerate(self.layers):
             x = run_block(layer, checkpointed, x, rotation, mask, None if caches is None else caches[i], start)
         return self.norm(x)
@@ -333,21 +286,15 @@ class OpenVLA(nn.Module):
                   "fused_featurizer": VisionTower(sizes.image, *sizes.siglip, False)}  # fmt: skip
         self.vision_backbone = nn.ModuleDict(towers)
         self.projector = perceptron(sizes.dino[0] + sizes.siglip[0], sizes.projector, width, width)
-        model, head = (
-            Llama(*sizes.llama, sizes.vocabulary, sizes.rms_eps),
-            nn.Linear(width, sizes.vocabulary, bias=False),
-        )
-        self.language_model = nn.ModuleDict({"model": model, "lm_head": head})
+        llama = Llama(*sizes.llama, sizes.vocabulary, sizes.rms_eps)
+        self.language_model = nn.ModuleDict({"model": llama, "lm_head": nn.Linear(width, sizes.vocabulary, bias=False)})
 
     def vision_features(self, images, checkpointed=False):
         """images uint8 (B, 3, H, W), or pixels (B, 6, H, W) -> (B, patches, DINOv2's width + SigLIP's)."""
         pixels = to_pixels(images) if images.dtype == torch.uint8 else images
-        pixels = pixels.to(self.vision_backbone["featurizer"].pos_embed.dtype)
-        dino, siglip = pixels.split(3, 1)
-        towers = self.vision_backbone
-        return torch.cat(
-            [towers["featurizer"](dino, checkpointed), towers["fused_featurizer"](siglip, checkpointed)], -1
-        )
+        dino, siglip = pixels.to(self.vision_backbone["featurizer"].pos_embed.dtype).split(3, 1)
+        seen = {"featurizer": dino, "fused_featurizer": siglip}
+        return torch.cat([self.vision_backbone[name](x, checkpointed) for name, x in seen.items()], -1)
 
     def embed(self, images, tokens, checkpointed=False):
         """Llama's input (B, patches + T, D) for tokens (B, T), BOS first: the patches stand behind it."""
@@ -410,20 +357,6 @@ def encode_actions(actions, sizes: Sizes):
     """Token ids of normalised actions (...); what lies outside [-1, 1] gets the outermost token."""
     edges = torch.linspace(-1, 1, NUM_BINS, dtype=torch.float64, device=actions.device)
     return sizes.last_action - torch.bucketize(actions.double().clamp(-1, 1), edges, right=True)
-
-
-def decode_tokens(tokens, sizes: Sizes):
-    """Normalised actions, float32, of token ids (...).
-
-    Raises:
-        ValueError: an id is none of the 256 action tokens.
-    """
-    index = tokens - (sizes.last_action - NUM_BINS)
-    wrong = tokens[(index < 0) | (index >= NUM_BINS)]
-    if len(wrong):
-        first = sizes.last_action - NUM_BINS
-        raise ValueError(f"token {wrong[0].item()} is no action; those are {first} to {sizes.last_action - 1}")
-    return action_values(tokens.device)[index]
 
 
 # --- LORA ---
@@ -490,27 +423,10 @@ class VLAPolicy:
 
         return action_values(self.device)[self.model.sample_tokens(obs, self.prompt, num_samples, pick)]
 
-    def train(self, parameters: dict[str, nn.Parameter]) -> list[nn.Parameter]:
-        """Let these be what is trained, and therefore what a checkpoint holds."""
-        self.model.requires_grad_(False)
-        return [parameter.requires_grad_() for parameter in parameters.values()]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def load_state_dict(self, state) -> None:
-        parameters = dict(self.model.named_parameters())
-        for name, value in state.items():
-            parameters[name].copy_(value)
-
     def version(self) -> str:
         """Names what the samples depend on: instruction, adapters, and the base, known by one layer of each kind."""
-        total = hashlib.sha256(repr((self.instruction, self.top_k)).encode())
         base = self.model.language_model["model"].norm.weight, self.model.projector.fc3.bias
-        for parameter in (*base, *adapters(self.model).values()):
-            total.update(parameter.detach().float().cpu().numpy().tobytes())
-        return total.hexdigest()[:16]
+        return files.fingerprint((self.instruction, self.top_k), *base, *adapters(self.model).values())
 
 
 def supervised_step(policy, optimizer, obs, actions):
@@ -703,9 +619,8 @@ def optimize(critic, obs, actions, args: Args, best_only: bool, data_actions=Non
     """`optimize_actions` with the run's settings; but for --plain with the same critic made fast, the same best one."""
     critic, exact = (critic, 0) if args.plain else (FrozenCritic(critic), 0 if args.climb_all else args.num_keep + 1)
     settings = args.num_keep, args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0
-    switches = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
-    part = lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *switches)  # noqa: E731
-    return in_parts(part, 4096, obs, actions, data_actions)
+    flags = args.keep_best_of_path, False, (args.climb_first or exact) if best_only else 0
+    return in_parts(lambda o, a, d: optimize_actions(critic, o, a, *settings, d, *flags), obs, actions, data_actions)
 
 
 def select_actions(actions, q, greedy: bool):
@@ -762,8 +677,7 @@ def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -
     Only the features that the loss is made of have a gradient. s and s' are shifted each by its own amount.
     """
     states = torch.cat([buffer.obs_index[index], buffer.obs_index[index] + 1])
-    images, proprio = buffer.critic_inputs(states)
-    (image, next_image), (here, there) = random_shift(images).chunk(2), proprio.chunk(2)
+    (image, next_image), (here, there) = random_shift(buffer.small[states]).chunk(2), buffer.proprio[states].chunk(2)
     obs = critic.encode(image, here)
     with torch.no_grad():
         next_obs, target_obs = critic.encode(next_image, there), target_critic.encode(next_image, there)
@@ -778,7 +692,8 @@ def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -
     batch = critic, obs, buffer.actions[index], target_q, buffer.mc_returns[index], current_actions, next_actions
     loss, info = calql_loss(*batch, random_actions, args.cql_alpha, cql_members)
     gradient_step(loss, optimizer, critic, target_critic, args.target_tau)
-    return info
+    q_std = candidate_spread(critic, obs.detach(), buffer.candidates[buffer.obs_index[index]], args)
+    return info | {"q_std": q_std}
 
 
 # --- EPISODES ---
@@ -801,29 +716,31 @@ def monte_carlo_returns(rewards, terminals, ends, discount, failure=-math.inf, p
 class EpisodeBuffer:
     """The robot's episodes as tensors on the device, each image once: N steps have N + 1 states.
 
-    Of each state: `states`, packed as `unpack` reads it; `action_at`, the action taken there, NaN at the last;
-    `candidates`, the cache, valid where the episode's entry in `versions` is the policy's. Of each step: `obs_index`,
-    its state (the next one is behind it), `actions`, `rewards`, `masks`, `mc_returns`.
+    Of each state: `states`, the policy's image; `small` and `proprio`, what the critic sees; `action_at`, the action
+    taken there, NaN at the last; `candidates`, the cache, valid where the episode's entry in `versions` is the
+    policy's. Of each step: `obs_index`, its state (the next one is behind it), `actions`, `rewards`, `masks`,
+    `mc_returns`.
     """
 
-    def __init__(self, obs_dim: int, policy_size: int, args: Args, device):
-        self.args, self.policy_size, self.device = args, policy_size, device
+    def __init__(self, policy_size: int, args: Args, device):
+        self.args, self.device, self.sizes = args, device, (policy_size, args.critic_image)
         self.data = [None]  # the harness saves what is behind the first: nothing, episodes are files of their own
         self.first_state, self.first_row, self.versions = [0], [0], []
-        none = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
-        self.states, self.obs_index = none(0, obs_dim, dtype=torch.uint8), none(0, dtype=torch.long)
-        self.actions, self.action_at = none(0, ACTION_DIM), none(0, ACTION_DIM)
-        self.candidates = none(0, args.num_samples, ACTION_DIM)
-        self.rewards, self.masks, self.mc_returns = none(0), none(0), none(0)
+        none = lambda *shape, dtype=torch.float32: torch.zeros(0, *shape, dtype=dtype, device=device)  # noqa: E731
+        self.states, self.small = (none(3, size, size, dtype=torch.uint8) for size in self.sizes)
+        self.proprio, self.candidates = none(7 * args.use_proprio), none(args.num_samples, ACTION_DIM)
+        self.actions, self.action_at, self.obs_index = none(ACTION_DIM), none(ACTION_DIM), none(dtype=torch.long)
+        self.rewards, self.masks, self.mc_returns = none(), none(), none()
 
     def add(self, episode: dict[str, np.ndarray]) -> None:
         """Append what `collect` returned."""
         args, N = self.args, len(episode["rewards"])
         rewards = episode["rewards"] + np.float32(args.reward_bias)
         failure = args.reward_min if args.sparse_reward else -math.inf
+        images, small, proprio = robot.unpack(torch.as_tensor(episode["obs"]), *self.sizes)
         new = dict(
-            states=episode["obs"], obs_index=len(self.states) + np.arange(N), actions=episode["actions"],
-            action_at=np.append(episode["actions"], np.full((1, ACTION_DIM), np.nan, np.float32), 0),
+            states=images, small=small, proprio=proprio[:, : 7 * args.use_proprio], obs_index=len(self.states) + np.arange(N),
+            actions=episode["actions"], action_at=np.append(episode["actions"], np.full((1, ACTION_DIM), np.nan, np.float32), 0),
             candidates=np.zeros((N + 1, args.num_samples, ACTION_DIM), np.float32), rewards=rewards,
             masks=1 - episode["terminals"].astype(np.float32),
             mc_returns=monte_carlo_returns(rewards, episode["terminals"], np.array([N]), args.discount, failure),
@@ -834,24 +751,18 @@ class EpisodeBuffer:
         self.first_row.append(len(self.rewards))
         self.versions.append("")
 
-    def policy_images(self, states):
-        """Images at the policy's size, uint8 (S, 3, H, W); states: an index or a slice."""
-        return unpack(self.states[states], self.policy_size, self.args.critic_image)[0]
-
-    def critic_inputs(self, states):
-        """Images at the critic's size, uint8 (S, 3, H, W), and what it is shown of proprio (S, 7 or 0)."""
-        _, images, proprio = unpack(self.states[states], self.policy_size, self.args.critic_image)
-        return images, proprio if self.args.use_proprio else proprio[:, :0]
+    def put_candidates(self, episode: int, candidates: np.ndarray, version: str) -> None:
+        self.candidates[self.states_of(episode)] = torch.as_tensor(candidates, device=self.device)
+        self.versions[episode] = version
 
     def states_of(self, episode: int) -> slice:
         return slice(self.first_state[episode], self.first_state[episode + 1])
 
     def rows_with(self, version: str) -> torch.Tensor:
         """Rows of the episodes whose candidates were drawn by that version of the policy."""
-        rows = [
-            torch.arange(self.first_row[i], self.first_row[i + 1]) for i, v in enumerate(self.versions) if v == version
-        ]
-        return torch.cat(rows).to(self.device)
+        first = self.first_row
+        fresh = [torch.arange(first[i], first[i + 1]) for i, by in enumerate(self.versions) if by == version]
+        return torch.cat(fresh).to(self.device)
 
 
 # --- CANDIDATE CACHE ---
@@ -861,62 +772,36 @@ def draw_candidates(policy, images, num_samples: int, batch: int, seed: int):
     return torch.cat([policy.sample(part, num_samples, generator) for part in images.split(batch)])
 
 
-class CacheWorker:
-    """Draws candidates in a process of its own, which holds the base model once and is sent adapters only."""
-
-    def __init__(self, args: Args, instruction: str):
-        device = start_torch(args)
-        sizes, folder, tokenize, _ = open_checkpoint(args.checkpoint, args)
-        self.args, self.version = args, None
-        self.policy = VLAPolicy(load_model(sizes, folder, args, device), tokenize, instruction)
-
-    def candidates(self, adapter: dict[str, np.ndarray], version: str, images, seed: int) -> np.ndarray:
-        if version != self.version:
-            self.policy.load_state_dict({name: torch.tensor(array) for name, array in adapter.items()})
-            self.version = self.policy.version()
-            if self.version != version:
-                raise ValueError(f"this worker's policy is {self.version}, not {version}: is its checkpoint another?")
-        images = torch.as_tensor(images, device=self.policy.device)
-        return draw_candidates(self.policy, images, self.args.num_samples, self.args.cache_batch, seed).cpu().numpy()
-
-
 def refresh(policy, buffer, args: Args, run, pool=None):
     """Draw the candidates of every episode whose cached ones another version of the policy drew (section 5.2.2).
 
     A generator of the rows whose candidates are fresh. With workers it can be asked again and again, while the trainer
-    goes on with the critic on those; without, the first are all. What was drawn is kept in cache/ and found there after
+    goes on with the critic on those; without, the first are all. What was drawn is kept in a file and found there after
     a stop.
     """
-    version, folder = policy.version(), run.folder / "cache"
-
-    def put(episode, candidates):
-        buffer.candidates[buffer.states_of(episode)] = torch.as_tensor(candidates, device=buffer.device)
-        buffer.versions[episode] = version
-
-    stale = [episode for episode in reversed(range(len(buffer.versions))) if buffer.versions[episode] != version]
-    for episode in list(stale):
-        path = folder / f"{episode:05}.npz"
-        saved = read_arrays(path) if path.is_file() else {"version": ""}
-        if str(saved["version"]) == version:
-            put(episode, saved["candidates"])
-            stale.remove(episode)
+    version, stale = policy.version(), []
+    for episode in reversed(range(len(buffer.versions))):  # the newest first
+        if buffer.versions[episode] == version:
+            continue
+        if (saved := robot.read_candidates(run, episode, version)) is None:
+            stale.append(episode)
+        else:
+            buffer.put_candidates(episode, saved, version)
+    images = {episode: buffer.states[buffer.states_of(episode)] for episode in stale}
     seeds = {episode: int(version[:8], 16) + episode for episode in stale}
-    images = {episode: buffer.policy_images(buffer.states_of(episode)) for episode in stale}
     if pool is None:
-        for episode in run.each("caching", stale) if len(stale) > 1 else stale:
-            candidates = draw_candidates(policy, images[episode], args.num_samples, args.cache_batch, seeds[episode])
-            put(episode, candidates)
-            write_arrays(folder / f"{episode:05}.npz", version=version, candidates=candidates.cpu().numpy())
-        yield buffer.rows_with(version)
-        return
-    adapter = pool.share({name: value.cpu().numpy() for name, value in policy.state_dict().items()})
-    pool.submit({e: ("candidates", adapter, version, images[e].cpu().numpy(), seeds[e]) for e in stale})
-    while pool.busy():
+        rest = args.num_samples, args.cache_batch
+        every = run.each("caching", stale) if len(stale) > 1 else stale
+        answers = ((e, draw_candidates(policy, images[e], *rest, seeds[e]).cpu().numpy()) for e in every)
+    else:
+        adapter = {name: value.cpu().numpy() for name, value in files.TrainedPart(policy.model).state_dict().items()}
+        answers = pool.candidates(adapter, version, {e: images[e].cpu().numpy() for e in stale}, seeds)
+    for episode, candidates in answers:
         run.check_stop()
-        for episode, candidates in pool.results(wait=version not in buffer.versions):
-            put(episode, candidates)
-            write_arrays(folder / f"{episode:05}.npz", version=version, candidates=candidates)
-        if version in buffer.versions:
+        if candidates is not None:  # None: the workers have none at this moment
+            buffer.put_candidates(episode, candidates, version)
+            robot.write_candidates(run, episode, version, candidates)
+        if pool is not None and version in buffer.versions:
             yield buffer.rows_with(version)
     yield buffer.rows_with(version)
 
@@ -943,54 +828,41 @@ def distill_lora(policy, optimizer, critic, buffer, num_updates, greedy, args: A
     states = buffer.obs_index[torch.randint(len(buffer.obs_index), (num_updates, args.distill_batch_size))]
     losses, values, spreads = [], [], []
     for index in states.to(buffer.device):
-        obs = encode_states(critic, buffer, index)
+        with torch.no_grad():
+            obs = critic.encode(buffer.small[index], buffer.proprio[index])
         data_actions = buffer.action_at[index] if args.distill_data_actions else None
         optimized, q = optimize(critic, obs, buffer.candidates[index], args, greedy, data_actions)
         target = select_actions(optimized, q, greedy)
-        losses.append(supervised_step(policy, optimizer, buffer.policy_images(index), target))
+        losses.append(supervised_step(policy, optimizer, buffer.states[index], target))
         values.append(q.amax(1).mean())
-        spreads.append(candidate_spread(critic, buffer, index, args))
+        spreads.append(candidate_spread(critic, obs, buffer.candidates[index], args))
     names = "distill_loss", "distill_q", "distill_q_std"
     return {name: torch.stack(column).mean() for name, column in zip(names, (losses, values, spreads))}
 
 
-@torch.no_grad()
-def encode_states(critic, buffer, states):
-    """Features of the buffer's states (index (S,)), unshifted: (S, F)."""
-    return critic.encode(*buffer.critic_inputs(states))
-
-
-def candidate_spread(critic, buffer, states, args: Args):
-    """Standard deviation of Q over a state's kept candidates, before they climb: mean over the states (index (S,))."""
-    obs = encode_states(critic, buffer, states)
-    q = global_optimization(critic, obs, buffer.candidates[states], args.num_keep)[1]
-    return q.std(1, correction=0).mean()
+def candidate_spread(critic, obs, candidates, args: Args):
+    """Standard deviation of Q over a state's kept candidates, before they climb: mean over obs (features (B, F))."""
+    return global_optimization(critic, obs, candidates, args.num_keep)[1].std(1, correction=0).mean()
 
 
 # --- MAIN ---
-def open_checkpoint(checkpoint: str, args: Args):
-    """Sizes, folder (None: tiny), tokenizer, and the action statistics of the robot, before anything heavy is read."""
-    if checkpoint == "tiny":
-        folder, sizes, statistics = None, TINY, files.TINY_STATISTICS
-    else:
-        folder = files.checkpoint_folder(checkpoint)
-        changed, statistics = files.read_config(folder)
-        sizes = Sizes(**changed)
-    tokenize = files.load_tokenizer(folder, sizes.vocabulary, sizes.last_action - NUM_BINS - 3)
-    return sizes, folder, tokenize, files.action_statistics(statistics, args.unnorm_key)
-
-
-def load_model(sizes: Sizes, folder, args: Args, device) -> OpenVLA:
-    """The model with its weights, frozen, and adapters that change nothing yet."""
+def make_policy(opened, args: Args, device, instruction: str) -> VLAPolicy:
+    """The model of an opened checkpoint with its weights, frozen, and adapters that change nothing yet."""
+    sizes, folder, tokenize, _ = opened
     if folder is None:
         model = OpenVLA(sizes).to(device)
     else:
         with torch.device("meta"):
             model = OpenVLA(sizes)
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        model.load_state_dict(files.read_weights(folder, shapes, UNUSED, device), assign=True)
+        model.load_state_dict(files.read_weights(folder, shapes, device), assign=True)
     add_lora(model, args.lora_rank)
-    return model
+    return VLAPolicy(model, tokenize, instruction)
+
+
+def make_workers_policy(args: Args, instruction: str) -> VLAPolicy:
+    """The same in a cache worker's process."""
+    return make_policy(files.open_checkpoint(args, Sizes, TINY), args, start_torch(args), instruction)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -999,26 +871,13 @@ def main(argv: list[str] | None = None) -> None:
         fail("--no-plain is for critics of vectors; numbers of episodes, steps, ranks and states must be at least 1")
     device, cloned = start_torch(args), pathlib.Path(args.resume, "cloned")
     tiny, is_cloned = args.checkpoint == "tiny", bool(args.resume) and (cloned / "config.json").is_file()
-    sizes, folder, tokenize, statistics = open_checkpoint(str(cloned) if tiny and is_cloned else args.checkpoint, args)
+    opened = files.open_checkpoint(args, Sizes, TINY, cloned if tiny and is_cloned else None)
+    sizes, _, _, statistics = opened
     if args.serve:
-        model = load_model(sizes, folder, args, device)
-        return serve(args, VLAPolicy(model, tokenize, "nothing yet"), statistics)
-    real = args.env_id == "widowx-real"
-    options = dict(image_size=args.camera_size, max_steps=args.max_steps)
-    if real:
-        options |= dict(instruction=args.instruction, host=args.robot_host, port=args.robot_port, reward=args.reward)
-
-    def make_robot(env_id, **more):
-        return RobotEnv(make_env(env_id, **options, **more), statistics, sizes.image, args.critic_image)
-
-    try:
-        env = make_robot(args.env_id)
-    except ValueError as error:
-        fail(str(error))
-    check_optional_parts(args, make_robot)
-    envs = None if real else make_vector_env(args, make_robot)
-    policy = VLAPolicy(load_model(sizes, folder, args, device), tokenize, args.instruction or env.unwrapped.instruction)
-    buffer = EpisodeBuffer(env.observation_space.shape[0], sizes.image, args, device)
+        return serve(args, make_policy(opened, args, device, "nothing yet"), statistics)
+    env, envs, make_robot = robot.set_up_robot(args, statistics, sizes.image)
+    policy = make_policy(opened, args, device, args.instruction or env.unwrapped.instruction)
+    buffer = EpisodeBuffer(sizes.image, args, device)
     num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
     network = args.encoder_width, args.encoder_blocks, args.critic_hidden, args.ensemble_size, num_bins, q_min
     critic = PixelCritic(ACTION_DIM, 7 if args.use_proprio else 0, *network).to(device)
@@ -1027,33 +886,29 @@ def main(argv: list[str] | None = None) -> None:
     base = {name: p for name, p in policy.model.named_parameters() if ".lora_" not in name}
     cloning_optimizer = torch.optim.Adam(base.values() if tiny else [critic.head_bias], args.cloning_lr)
     policy_optimizer = torch.optim.Adam(adapters(policy.model).values(), args.distill_lr)
-    policy.train(adapters(policy.model) if is_cloned or not tiny else base)
+    files.train_only(policy.model, adapters(policy.model) if is_cloned or not tiny else base)
 
     def act_policy(obs):
-        return policy.sample(unpack(obs, sizes.image, args.critic_image)[0], 1)[:, 0]
+        return policy.sample(robot.unpack(obs, sizes.image, args.critic_image)[0], 1)[:, 0]
 
     @torch.no_grad()
     def act_optimized(obs):  # pi^opt of algorithm 1
-        images, small, proprio = unpack(obs, sizes.image, args.critic_image)
+        images, small, proprio = robot.unpack(obs, sizes.image, args.critic_image)
         features = critic.encode(small, proprio if args.use_proprio else proprio[:, :0])
         actions, q = optimize(critic, features, policy.sample(images, args.num_samples), args, args.greedy_rollouts)
         return select_actions(actions, q, args.greedy_rollouts)
 
-    run = Run(args, no_data("the run's own episodes"), buffer, policy=policy, policy_optimizer=policy_optimizer,
-              cloning_optimizer=cloning_optimizer, critic=critic, target_critic=target_critic,
-              critic_optimizer=critic_optimizer)  # fmt: skip
+    run = Run(args, robot.no_data("the run's own episodes"), buffer, policy=files.TrainedPart(policy.model),
+              policy_optimizer=policy_optimizer, cloning_optimizer=cloning_optimizer, critic=critic,
+              target_critic=target_critic, critic_optimizer=critic_optimizer)  # fmt: skip
     q_stds = run.progress.setdefault("q_stds", [])  # measured in the second half of phase 2
-    measured = (envs, act_policy) if not real else ()  # the robot's own episodes tell
+    evaluated = None if envs is None else act_optimized  # on the real robot its own episodes tell
     with run:
         # Phase 1, tiny only: clone scripted demonstrations into a policy that can do a little, as OpenVLA can
         num_cloning_steps = args.num_cloning_steps if tiny else 0
         if num_cloning_steps and run.phase == "cloning":
-            demonstrations = collect_demonstrations(args.env_id, args.num_demonstrations, args.seed, **options)
-            episodes = [as_episode(demonstration, env) for demonstration in demonstrations]
-            states = torch.as_tensor(np.concatenate([e["obs"][:-1] for e in episodes]), device=device)
-            images = unpack(states, sizes.image, args.critic_image)[0]
-            actions = torch.as_tensor(np.concatenate([e["actions"] for e in episodes]), device=device)
-        for step in run.steps("cloning", num_cloning_steps, *measured):
+            images, actions = robot.demonstrations(args, env, sizes.image, device)
+        for step in run.steps("cloning", num_cloning_steps, envs, act_policy):
             cloning_optimizer.param_groups[0]["lr"] = args.cloning_lr * (1 - step / num_cloning_steps)
             rows = torch.randint(len(images), (args.cloning_batch_size,), device=device)
             shifted = random_shift(images[rows])
@@ -1061,34 +916,31 @@ def main(argv: list[str] | None = None) -> None:
             run.log({"policy_loss": loss}, every=args.log_every)
         if tiny and not is_cloned:
             files.write_checkpoint(run.folder / "cloned", policy.model, files.TINY_STATISTICS)
-        policy.train(adapters(policy.model))
+        files.train_only(policy.model, adapters(policy.model))
         pool = None
         if args.num_cache_workers and run.phase != "done":
-            its_checkpoint = str(run.folder / "cloned") if tiny else args.checkpoint
-            worker_args = dataclasses.replace(args, checkpoint=its_checkpoint), policy.instruction
-            pool = Pool(args.num_cache_workers, args.ray, CacheWorker, worker_args, float(device.type == "cuda"))
+            workers_args = dataclasses.replace(args, checkpoint=str(run.folder / "cloned")) if tiny else args
+            pool = CachePool(workers_args, policy, make_workers_policy, draw_candidates)
 
         # Zero-shot episodes of the policy as it is; those that a stopped run has are read from their files
         online = run.phase == "online"
         for i in range(args.num_zero_shot + run.progress["step"] if online else 0):
-            buffer.add(read_arrays(episode_file(run, i)))
+            buffer.add(robot.read_episode(run, i))
         if run.phase == "offline":
             successes = []
             for i in run.each("zero-shot", range(args.num_zero_shot)):
-                episode, success = get_episode(env, act_policy, i, policy.version(), run)
+                episode, success = robot.get_episode(env, act_policy, i, policy.version(), run)
                 buffer.add(episode)
                 successes.append(success)
             print(f"zero-shot: success {np.mean(successes):.0%} in {args.num_zero_shot} episodes")
 
         # Phase 2: train the critic on them (algorithm 2, lines 3 and 4), with candidates that are drawn once
         rows, arrivals = None, refresh(policy, buffer, args, run, pool)
-        for step in run.steps("offline", args.num_offline_steps, envs, act_optimized if measured else None,
-                              args.num_offline_evals):  # fmt: skip
+        for step in run.steps("offline", args.num_offline_steps, envs, evaluated, args.num_offline_evals):
             rows = next(arrivals, rows)
             index = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
             info = critic_update(critic, target_critic, critic_optimizer, buffer, index, args)
             if (step + 1) % args.log_every == 0:
-                info["q_std"] = candidate_spread(critic, buffer, buffer.obs_index[index], args)
                 q_stds += [info["q_std"].item()] if 2 * step >= args.num_offline_steps else []
                 run.log(info)
 
@@ -1096,9 +948,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.starts("online"):
             critic_optimizer.state.clear()
         greedy = choose_greedy_distillation(args, q_stds)
-        for i in run.steps("online", args.num_online_episodes, envs, act_optimized if measured else None,
-                           args.num_online_evals, "episode"):  # fmt: skip
-            episode, success = get_episode(env, act_optimized, args.num_zero_shot + i, policy.version(), run)
+        for i in run.steps("online", args.num_online_episodes, envs, evaluated, args.num_online_evals, "episode"):
+            episode, success = robot.get_episode(env, act_optimized, args.num_zero_shot + i, policy.version(), run)
             buffer.add(episode)
             rows = [*refresh(policy, buffer, args, run, pool)][-1]  # of the new episode, and what a stop left undone
             length = len(episode["rewards"])

@@ -4,8 +4,10 @@ Whatever does not fit ends in one line before anything long begins. Nothing is u
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
+import re
 import zlib
 
 import numpy as np
@@ -28,6 +30,8 @@ BOS = 1
 WORDS = "In: What action should the robot take to"  # how every prompt begins, and its ids in Llama 2's vocabulary:
 WORD_IDS = [BOS, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304]
 FULL_VOCABULARY = 32064
+# Weights of the published checkpoint that the forward pass does not touch
+UNUSED = re.compile(r"vision_backbone\.(fused_)?featurizer\.(norm\.|attn_pool\.|blocks\.\d+\.)")
 LARGE = 1e9  # parameters from which on a model is not for a CPU
 
 
@@ -60,6 +64,21 @@ def read_config(folder: pathlib.Path) -> tuple[dict, dict]:
     eps = config.get("text_config", {}).get("rms_norm_eps")
     sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("parl_sizes", {}).items()}
     return ({} if eps is None else {"rms_eps": eps}) | sizes, statistics
+
+
+def open_checkpoint(args, sizes_class, tiny, folder: pathlib.Path | None = None):
+    """Sizes, folder (None: tiny), tokenizer, and the robot's action statistics, before anything heavy is read.
+
+    Of args.checkpoint, or of a folder that is named.
+    """
+    if folder is None and args.checkpoint == "tiny":
+        sizes, statistics = tiny, TINY_STATISTICS
+    else:
+        folder = folder or checkpoint_folder(args.checkpoint)
+        changed, statistics = read_config(folder)
+        sizes = sizes_class(**changed)
+    tokenize = load_tokenizer(folder, sizes.vocabulary, sizes.last_action - 256 - 3)
+    return sizes, folder, tokenize, action_statistics(statistics, args.unnorm_key)
 
 
 def action_statistics(statistics: dict, key: str) -> dict[str, np.ndarray]:
@@ -112,10 +131,10 @@ def check_memory(num_parameters: int, device: torch.device) -> None:
         fail(f"{size}, this one has {total:.0f}")
 
 
-def read_weights(folder: pathlib.Path, shapes: dict[str, tuple], unused, device) -> dict[str, torch.Tensor]:
+def read_weights(folder: pathlib.Path, shapes: dict[str, tuple], device) -> dict[str, torch.Tensor]:
     """The named tensors of all *.safetensors in a folder: bfloat16 on a GPU, float32 on a CPU.
 
-    Names and shapes are compared before anything is read. unused: a pattern of names that may be there as well.
+    Names and shapes are compared before anything is read. What UNUSED names may be there as well.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -129,7 +148,7 @@ def read_weights(folder: pathlib.Path, shapes: dict[str, tuple], unused, device)
     found = {name: (tuple(file.get_slice(name).get_shape()), file) for file in files for name in file.keys()}
     faults = {
         "missing": shapes.keys() - found.keys(),
-        "surplus": {name for name in found.keys() - shapes.keys() if not unused.match(name)},
+        "surplus": {name for name in found.keys() - shapes.keys() if not UNUSED.match(name)},
         "of another shape": {name for name in shapes.keys() & found.keys() if found[name][0] != tuple(shapes[name])},
     }
     told = [f"{len(names)} {what} ({min(names)} first)" for what, names in faults.items() if names]
@@ -138,6 +157,37 @@ def read_weights(folder: pathlib.Path, shapes: dict[str, tuple], unused, device)
     check_memory(sum(int(np.prod(shape)) for shape in shapes.values()), device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {name: found[name][1].get_tensor(name).to(device, dtype) for name in shapes}
+
+
+def train_only(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    """Let these be what is trained of a model, and therefore what a run's checkpoint holds."""
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+
+
+class TrainedPart:
+    """What of a model is trained, to be saved with a run."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def fingerprint(settings, *parameters: torch.Tensor) -> str:
+    """16 hexadecimal digits that change with any of these."""
+    total = hashlib.sha256(repr(settings).encode())
+    for parameter in parameters:
+        total.update(parameter.detach().float().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from benchmarks.harness.cli import fail
-from benchmarks.harness.rollouts import check_rewards, succeeded
+from benchmarks.harness.rollouts import check_optional_parts, check_rewards, make_vector_env, succeeded
 from benchmarks.harness.runs import write_atomically
+from benchmarks.tasks import make_env
 from benchmarks.tasks.dataset import Dataset
+from benchmarks.tasks.widowx import collect_demonstrations
 
 
 def unnormalize(actions, statistics):
@@ -95,6 +97,38 @@ def collect(env, act, seed: int, run) -> tuple[dict[str, np.ndarray], bool]:
     return {name: np.array(rows[name], kind) for name, kind in kinds.items()}, success
 
 
+def robot_options(args) -> dict:
+    """What the task is told of a run's flags."""
+    options = dict(image_size=args.camera_size, max_steps=args.max_steps)
+    if args.env_id == "widowx-real":
+        options |= dict(instruction=args.instruction, host=args.robot_host, port=args.robot_port, reward=args.reward)
+    return options
+
+
+def set_up_robot(args, statistics, policy_size: int):
+    """The robot, several for evaluation (None: it is the real one), and the function that makes one."""
+
+    def make_robot(env_id, **more):
+        env = make_env(env_id, **robot_options(args), **more)
+        return RobotEnv(env, statistics, policy_size, args.critic_image)
+
+    try:
+        env = make_robot(args.env_id)
+    except ValueError as error:
+        fail(str(error))
+    check_optional_parts(args, make_robot)
+    return env, None if args.env_id == "widowx-real" else make_vector_env(args, make_robot), make_robot
+
+
+def demonstrations(args, env: RobotEnv, policy_size: int, device):
+    """Images uint8 (N, 3, H, W) at the policy's size and normalised actions (N, 7) of scripted episodes."""
+    found = collect_demonstrations(args.env_id, args.num_demonstrations, args.seed, **robot_options(args))
+    episodes = [as_episode(demonstration, env) for demonstration in found]
+    states = torch.as_tensor(np.concatenate([e["obs"][:-1] for e in episodes]), device=device)
+    actions = torch.as_tensor(np.concatenate([e["actions"] for e in episodes]), device=device)
+    return unpack(states, policy_size, args.critic_image)[0], actions
+
+
 def as_episode(demonstration: dict, env: RobotEnv) -> dict[str, np.ndarray]:
     """What `collect` returns, of a demonstration with `image`, `proprio`, and `actions` in the robot's units."""
     frames = [dict(image=i, proprio=p) for i, p in zip(demonstration["image"], demonstration["proprio"])]
@@ -126,6 +160,22 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def episode_file(run, number: int) -> pathlib.Path:
     return run.folder / "episodes" / f"{number:05}.npz"
+
+
+def read_episode(run, number: int) -> dict[str, np.ndarray]:
+    """Episode `number` of a run, whoever acted in it."""
+    return read_arrays(episode_file(run, number))
+
+
+def read_candidates(run, episode: int, version: str) -> np.ndarray | None:
+    """The cached candidates (N + 1, k, 7) of an episode, if that version of the policy drew them, else None."""
+    path = run.folder / "cache" / f"{episode:05}.npz"
+    saved = read_arrays(path) if path.is_file() else {"version": ""}
+    return saved["candidates"] if str(saved["version"]) == version else None
+
+
+def write_candidates(run, episode: int, version: str, candidates: np.ndarray) -> None:
+    write_arrays(run.folder / "cache" / f"{episode:05}.npz", version=version, candidates=candidates)
 
 
 def get_episode(env, act, number: int, version: str, run) -> tuple[dict[str, np.ndarray], bool]:

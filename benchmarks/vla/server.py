@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.cli import fail
+from benchmarks.vla.checkpoint import TrainedPart
 from benchmarks.vla.robot import resize, unnormalize
 
 MOST_BYTES = 64 * 2**20  # of a request
@@ -66,7 +67,8 @@ def serve(args, policy, statistics) -> None:
     path = pathlib.Path(args.resume) / "checkpoint.pt"
     if not args.resume or not path.is_file():
         fail("--serve needs --resume with the folder of a run that has been saved")
-    policy.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["modules"]["policy"])
+    trained = torch.load(path, map_location="cpu", weights_only=True)["modules"]["policy"]
+    TrainedPart(policy.model).load_state_dict(trained)
     server = start_server(answer_with(policy, args.unnorm_key, statistics), args.serve, args.serve_host)
     print(f"POST http://{args.serve_host}:{server.server_port}/act as to OpenVLA's server; Ctrl-C ends it", flush=True)
     try:

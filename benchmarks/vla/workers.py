@@ -8,7 +8,11 @@ import collections
 import os
 import pathlib
 
+import numpy as np
+import torch
+
 from benchmarks.harness.cli import fail
+from benchmarks.vla.checkpoint import TrainedPart
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MOST_DEATHS = 3  # of the workers asked one question
@@ -82,3 +86,46 @@ class Pool:
 
     def close(self) -> None:
         self.ray.shutdown()
+
+
+class CacheWorker:
+    """Draws candidates in a process of its own, which holds the base model once and is sent adapters only."""
+
+    def __init__(self, args, make_policy, draw, instruction: str):
+        self.args, self.draw, self.version = args, draw, None
+        self.policy = make_policy(args, instruction)
+
+    def candidates(self, adapter: dict[str, np.ndarray], version: str, images: np.ndarray, seed: int) -> np.ndarray:
+        if version != self.version:
+            state = {name: torch.tensor(array) for name, array in adapter.items()}
+            TrainedPart(self.policy.model).load_state_dict(state)
+            self.version = self.policy.version()
+            if self.version != version:
+                raise ValueError(f"this worker's policy is {self.version}, not {version}: is its checkpoint another?")
+        images = torch.as_tensor(images, device=self.policy.device)
+        return self.draw(self.policy, images, self.args.num_samples, self.args.cache_batch, seed).cpu().numpy()
+
+
+class CachePool:
+    """`args.num_cache_workers` of these, on the cluster args.ray or on this machine.
+
+    make_policy(args, instruction) and draw(policy, images, k, batch, seed) are a script's.
+    """
+
+    def __init__(self, args, policy, make_policy, draw):
+        settings = args, make_policy, draw, policy.instruction
+        self.pool = Pool(args.num_cache_workers, args.ray, CacheWorker, settings, float(policy.device.type == "cuda"))
+
+    def candidates(self, adapter: dict[str, np.ndarray], version: str, images: dict, seeds: dict):
+        """A generator of (episode, candidates) as they come; (None, None) whenever there are none at the moment, but
+        for the first, which are waited for. images: (N + 1, 3, H, W) uint8 by episode; seeds: by episode.
+        """
+        shared, first = self.pool.share(adapter), True
+        self.pool.submit({e: ("candidates", shared, version, images[e], seeds[e]) for e in images})
+        while self.pool.busy():
+            answers = self.pool.results(wait=first)
+            first = first and not answers
+            yield from answers or [(None, None)]
+
+    def close(self) -> None:
+        self.pool.close()
