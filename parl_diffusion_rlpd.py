@@ -272,9 +272,8 @@ class Critic(nn.Module):
         self.head_weight = nn.Parameter(orthogonal(1 if shared_head else E, hidden[-1], num_bins, 0.01))
         self.head_bias = nn.Parameter(torch.zeros(len(self.head_weight), 1, num_bins))
         self.ensemble_size, self.shared_head, self.width = E, shared_head, max(hidden)
-        edges = torch.linspace(q_min, q_max, num_bins + 1)
-        self.register_buffer("edges", edges)
-        self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2)
+        self.register_buffer("edges", torch.linspace(q_min, q_max, num_bins + 1))
+        self.register_buffer("centers", (self.edges[:-1] + self.edges[1:]) / 2)
 
     def outputs(self, obs, actions, members=None):
         """obs (B, O), actions (B, n, A) -> the head's outputs (E, B, n, bins), of the named members only if given."""
@@ -303,6 +302,14 @@ class Critic(nn.Module):
     def forward(self, obs, actions, members=None):
         """obs (B, O), actions (B, n, A) -> q (E, B, n)."""
         return self.value(self.outputs(obs, actions, members))
+
+    def td_loss(self, obs, actions, target_q, release_width=False):
+        """Q of actions (B, A), (E, B), and its mean loss against target_q (B,): HL-Gauss's cross-entropy, or MSE."""
+        outputs = self.outputs(obs, actions[:, None])[:, :, 0]  # (E, B, bins)
+        if self.num_bins == 1:
+            return outputs[..., 0], (outputs[..., 0] - target_q).square().mean()
+        target = hl_gauss_target(target_q, self.edges, release_width)
+        return self.value(outputs), -(target * torch.log_softmax(outputs, -1)).sum(-1).mean()
 
 
 # --- HL-GAUSS ---
@@ -413,13 +420,7 @@ def rlpd_loss(critic, obs, actions, target_q, release_width=False):
 
     obs (B, O), actions (B, A), target_q (B,) -> the loss (scalar) and its parts as a dict of scalar tensors, detached.
     """
-    outputs = critic.outputs(obs, actions[:, None])[:, :, 0]  # (E, B, bins)
-    q_data = critic.value(outputs)  # (E, B)
-    if critic.num_bins == 1:
-        loss = (q_data - target_q).square().mean()
-    else:
-        target = hl_gauss_target(target_q, critic.edges, release_width)
-        loss = -(target * torch.log_softmax(outputs, -1)).sum(-1).mean()
+    q_data, loss = critic.td_loss(obs, actions, target_q, release_width)
     info = {"critic_loss": loss, "q_data": q_data.mean(), "target_q": target_q.mean()}
     return loss, {name: part.detach() for name, part in info.items()}
 
