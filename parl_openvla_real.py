@@ -21,7 +21,7 @@ eq. 4.2       gradient ascent on the action        | local_optimization
 alg. 1        action optimization                  | optimize_actions
 eq. 4.3       which optimized action to take       | select_actions
 eq. 3.3       Cal-QL: TD + calibrated penalty      | td_target, calql_loss, monte_carlo_returns
-sec. 5.2.2    cache of candidates and its workers  | CacheWorker, refresh
+sec. 5.2.2    cache of candidates and its workers  | draw_candidates, refresh
 app. B.1      argmax or samples                    | choose_greedy_distillation
 eq. 4.4       dataset of optimized actions         | distill_lora
 sec. 5.2.2    zero-shot, offline, online           | main: before phase 2, phases 2 and 3
@@ -35,11 +35,7 @@ scripted demonstrations; it stands for the pre-trained model. On a GPU weights a
 """
 
 import copy
-import dataclasses
-import functools
-import itertools
 import math
-import pathlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -50,34 +46,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness.cli import RunArgs, fail, parse_args, run_program, start_torch
+from benchmarks.harness.cli import fail, parse_args, run_program, start_torch
 from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, in_parts
 from benchmarks.harness.pictures import finish
 from benchmarks.harness.runs import Run
 from benchmarks.vla import checkpoint as files
 from benchmarks.vla import robot
 from benchmarks.vla.server import serve
-from benchmarks.vla.workers import CachePool
+from benchmarks.vla.workers import make_pool
 
 
 # --- ARGUMENTS ---
 @dataclass
-class Args(RunArgs):
+class Args(robot.RobotArgs):
     """PA-RL + Cal-QL for OpenVLA. Defaults shown are those of the preset in force."""
 
     env_id: str = "widowx-sim-vegetable-v0"  # widowx-real, widowx-sim-{vegetable,cup,pot}-v0
     plain: bool = True  # always: the harness's fast critic knows vectors only
-    # policy and robot
+    # policy
     checkpoint: str = "tiny"  # folder or hub id of OpenVLA's weights; tiny: a small random one, cloned first
     unnorm_key: str = "bridge_orig"  # robot whose action statistics are used
     instruction: str = ""  # what the robot is told; empty: the simulated task's own
-    camera_size: int = 256  # pixels of the camera's image
-    max_steps: int = 60  # actions of an episode before it is cut (release: 200)
-    robot_host: str = "localhost"  # where the real robot's server is
-    robot_port: int = 5556  # and its port
-    reward: str = "keyboard"  # on the real robot: the operator says, or a program `module:function`
-    serve: int = 0  # with --resume: do not train, answer OpenVLA's REST protocol on this port
-    serve_host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: anybody's requests
     # phases
     num_demonstrations: int = 0  # tiny: scripted episodes to clone
     num_cloning_steps: int = 0  # tiny, phase 1: updates of the whole policy
@@ -102,8 +91,6 @@ class Args(RunArgs):
     ensemble_size: int = 10  # members of the critic behind one encoder
     target_subset: int = 2  # members whose minimum is the TD target, and members penalised: both drawn anew each update
     critic_hidden: tuple[int, ...] = (512, 512, 512)  # hidden layers
-    critic_loss: Literal["hl_gauss", "mse"] = "mse"  # classification over bins of the value, or regression
-    num_bins: int = 128  # bins of hl_gauss
     critic_lr: float = 3e-4  # Adam
     batch_size: int = 256  # transitions of a critic update
     target_tau: float = 0.005  # rate of the target critic
@@ -120,10 +107,6 @@ class Args(RunArgs):
     climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
     greedy_rollouts: bool = False  # act with the best candidate (release); else draw from equation 4.3
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release)
-    # candidate cache
-    num_cache_workers: int = 0  # processes that draw candidates (the paper: 12); 0: the trainer does
-    ray: str = ""  # address of the Ray cluster they run on; empty: this machine
-    cache_batch: int = 16  # states at a time
 
 
 # Defaults are the paper's (section 5.2.2, appendix B.1) and, where it is silent, the release's; but for the numbers of
@@ -174,7 +157,7 @@ def to_pixels(images):
 def perceptron(*widths):
     """Linear layers fc1, fc2, ... with the exact GELU between them."""
     layers = OrderedDict()
-    for i, sizes in enumerate(itertools.pairwise(widths), 1):
+    for i, sizes in enumerate(zip(widths, widths[1:]), 1):
         layers |= {f"fc{i}": nn.Linear(*sizes), f"gelu{i}": nn.GELU()}
     layers.popitem()
     return nn.Sequential(layers)
@@ -203,9 +186,8 @@ class VisionTower(nn.Module):
         super().__init__()
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (image // PATCH) ** 2, width))
-        self.cls_token, self.reg_token = None, None
-        if dino:
-            self.cls_token, self.reg_token = (nn.Parameter(0.02 * torch.randn(1, n, width)) for n in (1, 4))
+        token = lambda n: nn.Parameter(0.02 * torch.randn(1, n, width)) if dino else None  # noqa: E731
+        self.cls_token, self.reg_token = token(1), token(4)
         self.blocks = nn.ModuleList(VisionBlock(width, heads, hidden, dino) for _ in range(layers - 1))
 
     def forward(self, pixels, checkpointed=False):
@@ -221,7 +203,7 @@ class VisionTower(nn.Module):
 class LlamaBlock(nn.Module):
     def __init__(self, width, heads, hidden, eps):
         super().__init__()
-        linear = functools.partial(nn.Linear, bias=False)
+        linear = lambda inside, outside: nn.Linear(inside, outside, bias=False)  # noqa: E731
         self.heads, down = heads, {"down_proj": linear(hidden, width)}
         self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(width, eps) for _ in range(2))
         self.self_attn = nn.ModuleDict({f"{name}_proj": linear(width, width) for name in "qkvo"})
@@ -266,8 +248,7 @@ def run_block(block, checkpointed: bool, *inputs):
 def rotary_embedding(positions, head_dim, dtype):
     """Cosine and sine (T, head_dim) of Llama's rotary embedding, theta 10,000, halves laid side by side."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
-    angles = positions[:, None] * 10_000.0**-exponents
-    angles = torch.cat([angles, angles], -1)
+    angles = (positions[:, None] * 10_000.0**-exponents).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -305,8 +286,7 @@ class OpenVLA(nn.Module):
     def logits(self, images, tokens, last: int, checkpointed=False):
         """Of the token behind each of the `last` positions, teacher-forced: float32 (B, last, vocabulary)."""
         x = self.embed(images, tokens, checkpointed)
-        positions = torch.arange(x.shape[1], device=x.device)
-        hidden = self.language_model["model"](x, positions, checkpointed=checkpointed)
+        hidden = self.language_model["model"](x, torch.arange(x.shape[1], device=x.device), checkpointed=checkpointed)
         return self.language_model["lm_head"](hidden[:, -last:]).float()
 
     def action_logits(self, hidden):
@@ -477,13 +457,12 @@ class PixelCritic(nn.Module):
     """Q from images: one ResNet, then an ensemble of E MLPs which are shown the action again at every layer.
 
     An image is encoded once (`encode`), for all of its actions and members: for the rest of the algorithm the features
-    are the observation. num_bins: bins of the value's distribution on [q_min, q_max], or 1 for a scalar head (MSE).
+    are the observation.
     """
 
-    def __init__(self, action_dim, proprio_dim=0, width=64, blocks=(2, 2, 2, 2), hidden=(512, 512, 512),
-                 ensemble_size=10, num_bins=1, q_min=-100.0, q_max=0.0):  # fmt: skip
+    def __init__(self, action_dim, proprio_dim=0, width=64, blocks=(2, 2, 2, 2), hidden=(512,) * 3, ensemble_size=10):
         super().__init__()
-        self.num_bins, self.ensemble_size = num_bins, ensemble_size
+        self.ensemble_size = ensemble_size
         layers, inside = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.GroupNorm(4, width), nn.SiLU()], width
         layers.append(nn.MaxPool2d(3, 2, 1))
         for i, count in enumerate(blocks):
@@ -501,18 +480,15 @@ class PixelCritic(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(E, 1, o) for o in hidden)
         self.scales = nn.ParameterList(torch.ones(E, 1, o) for o in hidden)
         self.shifts = nn.ParameterList(torch.zeros(E, 1, o) for o in hidden)
-        self.head_weight = nn.Parameter(orthogonal(hidden[-1], num_bins, 0.01))
-        self.head_bias = nn.Parameter(torch.zeros(E, 1, num_bins))
-        edges = torch.linspace(q_min, q_max, num_bins + 1)
-        self.register_buffer("edges", edges)
-        self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2)
+        self.head_weight = nn.Parameter(orthogonal(hidden[-1], 1, 0.01))
+        self.head_bias = nn.Parameter(torch.zeros(E, 1, 1))
 
     def encode(self, images, proprio):
         """images uint8 (B, 3, H, W), proprio (B, P), P may be 0 -> features (B, F), which members share (release)."""
         return torch.cat([self.encoder(images.float() / 127.5 - 1), proprio], 1)
 
-    def outputs(self, obs, actions, members=None):
-        """obs: features (B, F), actions (B, n, A) -> (E, B, n, bins), of the named members only if given."""
+    def forward(self, obs, actions, members=None):
+        """obs: features (B, F), actions (B, n, A) -> q (E, B, n), of the named members only if given."""
         B, n, A = actions.shape
         pick = (lambda p: p) if members is None else (lambda p: p[members])
         rows, x = actions.reshape(B * n, A), obs
@@ -522,32 +498,12 @@ class PixelCritic(nn.Module):
             x = x.repeat_interleave(n, 1) if i == 0 else x
             x = F.layer_norm(x + torch.matmul(rows, action), x.shape[-1:], eps=1e-6)
             x = F.silu(torch.addcmul(pick(self.shifts[i]), x, pick(self.scales[i])))
-        outputs = torch.baddbmm(pick(self.head_bias), x, pick(self.head_weight))
-        return outputs.view(-1, B, n, self.num_bins)
+        return torch.baddbmm(pick(self.head_bias), x, pick(self.head_weight)).view(-1, B, n)
 
-    def value(self, outputs):
-        """The head's outputs (..., bins) -> Q (...): the mean of the bins' centres, or the scalar itself."""
-        return outputs[..., 0] if self.num_bins == 1 else torch.softmax(outputs, -1) @ self.centers
-
-    def forward(self, obs, actions, members=None):
-        """obs: features (B, F), actions (B, n, A) -> q (E, B, n)."""
-        return self.value(self.outputs(obs, actions, members))
-
-
-# --- HL-GAUSS ---
-def hl_gauss_target(values, edges, release_width=False):
-    """Histogram of a Gaussian around each value, on the bins between `edges`, normalised: HL-Gauss.
-
-    values (...), within some 1e7 bins of the edges, outside them the mass goes to the nearest bin; edges (bins + 1,) ->
-    probabilities (..., bins). release_width: sigma sqrt(2) times wider, by the erf form's argument in the normal CDF.
-    """
-    sigma = 0.75 * (edges[1] - edges[0]) * (math.sqrt(2) if release_width else 1.0)
-    z = (edges - values[..., None]) / sigma
-    left, right = z[..., :-1], z[..., 1:]
-    # log(Phi(right) - Phi(left)), in the tail where both are small, so that a value far outside loses no digits
-    a, b = torch.where(left > 0, -right, left), torch.where(left > 0, -left, right)
-    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
-    return torch.softmax(log_b + torch.log1p(-torch.exp(log_a - log_b)), -1)
+    def td_loss(self, obs, actions, target_q, release_width=False):
+        """Q of actions (B, A), (E, B), and its mean squared difference from target_q (B,). release_width: not used."""
+        q = self(obs, actions[:, None])[..., 0]
+        return q, (q - target_q).square().mean()
 
 
 # --- ACTION OPTIMIZATION ---
@@ -650,16 +606,9 @@ def calql_loss(critic, obs, actions, target_q, mc_returns, current_actions, next
     parts as a dict of scalar tensors, detached (means over the members they use).
     """
     n = random_actions.shape[1]
-    outputs = critic.outputs(obs, actions[:, None])[:, :, 0]  # (E, B, bins)
-    q_data = critic.value(outputs)  # (E, B)
-    if critic.num_bins == 1:
-        td_loss = (q_data - target_q).square().mean()
-    else:
-        target = hl_gauss_target(target_q, critic.edges, release_width)
-        td_loss = -(target * torch.log_softmax(outputs, -1)).sum(-1).mean()
+    q_data, td_loss = critic.td_loss(obs, actions, target_q, release_width)
     sampled = torch.cat([random_actions, next_actions[:, None], current_actions[:, None]], 1)
-    q_sampled = critic(obs, sampled, cql_members)  # (members, B, n + 2)
-    q_random, q_optimized = q_sampled[..., :n], q_sampled[..., n:]
+    q_random, q_optimized = critic(obs, sampled, cql_members).split([n, 2], -1)  # (members, B, n), (members, B, 2)
     q_bounded = torch.maximum(q_optimized, mc_returns[:, None])  # calibrated: no pushing below the data's own return
     q_data_cql = q_data if cql_members is None else q_data[cql_members]
     entries = torch.cat([q_random, q_bounded + math.log(max(n, 1)), q_data_cql[..., None]], -1)
@@ -692,8 +641,7 @@ def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -
     batch = critic, obs, buffer.actions[index], target_q, buffer.mc_returns[index], current_actions, next_actions
     loss, info = calql_loss(*batch, random_actions, args.cql_alpha, cql_members)
     gradient_step(loss, optimizer, critic, target_critic, args.target_tau)
-    q_std = candidate_spread(critic, obs.detach(), buffer.candidates[buffer.obs_index[index]], args)
-    return info | {"q_std": q_std}
+    return info
 
 
 # --- EPISODES ---
@@ -722,12 +670,12 @@ class EpisodeBuffer:
     `mc_returns`.
     """
 
-    def __init__(self, policy_size: int, args: Args, device):
-        self.args, self.device, self.sizes = args, device, (policy_size, args.critic_image)
+    def __init__(self, image_sizes, args: Args, device):
+        self.args, self.device, self.image_sizes = args, device, image_sizes
         self.data = [None]  # the harness saves what is behind the first: nothing, episodes are files of their own
         self.first_state, self.first_row, self.versions = [0], [0], []
         none = lambda *shape, dtype=torch.float32: torch.zeros(0, *shape, dtype=dtype, device=device)  # noqa: E731
-        self.states, self.small = (none(3, size, size, dtype=torch.uint8) for size in self.sizes)
+        self.states, self.small = (none(3, size, size, dtype=torch.uint8) for size in image_sizes)
         self.proprio, self.candidates = none(7 * args.use_proprio), none(args.num_samples, ACTION_DIM)
         self.actions, self.action_at, self.obs_index = none(ACTION_DIM), none(ACTION_DIM), none(dtype=torch.long)
         self.rewards, self.masks, self.mc_returns = none(), none(), none()
@@ -737,10 +685,11 @@ class EpisodeBuffer:
         args, N = self.args, len(episode["rewards"])
         rewards = episode["rewards"] + np.float32(args.reward_bias)
         failure = args.reward_min if args.sparse_reward else -math.inf
-        images, small, proprio = robot.unpack(torch.as_tensor(episode["obs"]), *self.sizes)
+        images, small, proprio = robot.unpack(torch.as_tensor(episode["obs"]), *self.image_sizes)
         new = dict(
-            states=images, small=small, proprio=proprio[:, : 7 * args.use_proprio], obs_index=len(self.states) + np.arange(N),
-            actions=episode["actions"], action_at=np.append(episode["actions"], np.full((1, ACTION_DIM), np.nan, np.float32), 0),
+            states=images, small=small, proprio=proprio[:, : 7 * args.use_proprio], actions=episode["actions"],
+            action_at=np.append(episode["actions"], np.full((1, ACTION_DIM), np.nan, np.float32), 0),
+            obs_index=len(self.states) + np.arange(N),
             candidates=np.zeros((N + 1, args.num_samples, ACTION_DIM), np.float32), rewards=rewards,
             masks=1 - episode["terminals"].astype(np.float32),
             mc_returns=monte_carlo_returns(rewards, episode["terminals"], np.array([N]), args.discount, failure),
@@ -772,36 +721,27 @@ def draw_candidates(policy, images, num_samples: int, batch: int, seed: int):
     return torch.cat([policy.sample(part, num_samples, generator) for part in images.split(batch)])
 
 
-def refresh(policy, buffer, args: Args, run, pool=None):
+def refresh(policy, buffer, run, pool):
     """Draw the candidates of every episode whose cached ones another version of the policy drew (section 5.2.2).
 
     A generator of the rows whose candidates are fresh. With workers it can be asked again and again, while the trainer
     goes on with the critic on those; without, the first are all. What was drawn is kept in a file and found there after
-    a stop.
+    a stop. pool: draws them, here or in workers.
     """
-    version, stale = policy.version(), []
-    for episode in reversed(range(len(buffer.versions))):  # the newest first
-        if buffer.versions[episode] == version:
-            continue
-        if (saved := robot.read_candidates(run, episode, version)) is None:
-            stale.append(episode)
-        else:
+    version = policy.version()
+    wanted = [e for e in reversed(range(len(buffer.versions))) if buffer.versions[e] != version]  # the newest first
+    for episode in wanted:
+        if (saved := robot.read_candidates(run, episode, version)) is not None:
             buffer.put_candidates(episode, saved, version)
+    stale = [episode for episode in wanted if buffer.versions[episode] != version]
     images = {episode: buffer.states[buffer.states_of(episode)] for episode in stale}
     seeds = {episode: int(version[:8], 16) + episode for episode in stale}
-    if pool is None:
-        rest = args.num_samples, args.cache_batch
-        every = run.each("caching", stale) if len(stale) > 1 else stale
-        answers = ((e, draw_candidates(policy, images[e], *rest, seeds[e]).cpu().numpy()) for e in every)
-    else:
-        adapter = {name: value.cpu().numpy() for name, value in files.TrainedPart(policy.model).state_dict().items()}
-        answers = pool.candidates(adapter, version, {e: images[e].cpu().numpy() for e in stale}, seeds)
-    for episode, candidates in answers:
+    for episode, candidates in pool.candidates(policy, version, images, seeds):
         run.check_stop()
         if candidates is not None:  # None: the workers have none at this moment
             buffer.put_candidates(episode, candidates, version)
             robot.write_candidates(run, episode, version, candidates)
-        if pool is not None and version in buffer.versions:
+        if pool.elsewhere and version in buffer.versions:
             yield buffer.rows_with(version)
     yield buffer.rows_with(version)
 
@@ -835,66 +775,55 @@ def distill_lora(policy, optimizer, critic, buffer, num_updates, greedy, args: A
         target = select_actions(optimized, q, greedy)
         losses.append(supervised_step(policy, optimizer, buffer.states[index], target))
         values.append(q.amax(1).mean())
-        spreads.append(candidate_spread(critic, obs, buffer.candidates[index], args))
+        spreads.append(candidate_spread(critic, buffer, index, args))
     names = "distill_loss", "distill_q", "distill_q_std"
     return {name: torch.stack(column).mean() for name, column in zip(names, (losses, values, spreads))}
 
 
-def candidate_spread(critic, obs, candidates, args: Args):
-    """Standard deviation of Q over a state's kept candidates, before they climb: mean over obs (features (B, F))."""
-    return global_optimization(critic, obs, candidates, args.num_keep)[1].std(1, correction=0).mean()
+@torch.no_grad()
+def candidate_spread(critic, buffer, states, args: Args):
+    """Standard deviation of Q over a state's kept candidates, before they climb: mean over the states (index (S,))."""
+    obs = critic.encode(buffer.small[states], buffer.proprio[states])
+    return global_optimization(critic, obs, buffer.candidates[states], args.num_keep)[1].std(1, correction=0).mean()
 
 
 # --- MAIN ---
-def make_policy(opened, args: Args, device, instruction: str) -> VLAPolicy:
-    """The model of an opened checkpoint with its weights, frozen, and adapters that change nothing yet."""
-    sizes, folder, tokenize, _ = opened
-    if folder is None:
-        model = OpenVLA(sizes).to(device)
-    else:
-        with torch.device("meta"):
-            model = OpenVLA(sizes)
-        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        model.load_state_dict(files.read_weights(folder, shapes, device), assign=True)
+def make_policy(args: Args, instruction: str, opened=None) -> VLAPolicy:
+    """The checkpoint's model, frozen, under an instruction, with adapters that change nothing yet; a worker's too."""
+    opened = opened or files.open_checkpoint(args, Sizes, TINY)
+    model = files.load_model(OpenVLA, opened, start_torch(args))
     add_lora(model, args.lora_rank)
-    return VLAPolicy(model, tokenize, instruction)
-
-
-def make_workers_policy(args: Args, instruction: str) -> VLAPolicy:
-    """The same in a cache worker's process."""
-    return make_policy(files.open_checkpoint(args, Sizes, TINY), args, start_torch(args), instruction)
+    return VLAPolicy(model, opened.tokenize, instruction)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(Args, PRESETS, argv)
     if not args.plain or min(args.num_zero_shot, args.max_steps, args.lora_rank, args.distill_batch_size) < 1:
         fail("--no-plain is for critics of vectors; numbers of episodes, steps, ranks and states must be at least 1")
-    device, cloned = start_torch(args), pathlib.Path(args.resume, "cloned")
-    tiny, is_cloned = args.checkpoint == "tiny", bool(args.resume) and (cloned / "config.json").is_file()
-    opened = files.open_checkpoint(args, Sizes, TINY, cloned if tiny and is_cloned else None)
-    sizes, _, _, statistics = opened
+    device, tiny, cloned = start_torch(args), args.checkpoint == "tiny", files.cloned_folder(args)
+    opened = files.open_checkpoint(args, Sizes, TINY, cloned)
     if args.serve:
-        return serve(args, make_policy(opened, args, device, "nothing yet"), statistics)
-    env, envs, make_robot = robot.set_up_robot(args, statistics, sizes.image)
-    policy = make_policy(opened, args, device, args.instruction or env.unwrapped.instruction)
-    buffer = EpisodeBuffer(sizes.image, args, device)
-    num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
-    network = args.encoder_width, args.encoder_blocks, args.critic_hidden, args.ensemble_size, num_bins, q_min
+        return serve(args, make_policy(args, "nothing yet", opened), opened.statistics)
+    env, envs, make_robot = robot.set_up_robot(args, opened.statistics, opened.sizes.image)
+    policy = make_policy(args, args.instruction or env.unwrapped.instruction, opened)
+    image_sizes = opened.sizes.image, args.critic_image
+    buffer = EpisodeBuffer(image_sizes, args, device)
+    network = args.encoder_width, args.encoder_blocks, args.critic_hidden, args.ensemble_size
     critic = PixelCritic(ACTION_DIM, 7 if args.use_proprio else 0, *network).to(device)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
     base = {name: p for name, p in policy.model.named_parameters() if ".lora_" not in name}
     cloning_optimizer = torch.optim.Adam(base.values() if tiny else [critic.head_bias], args.cloning_lr)
     policy_optimizer = torch.optim.Adam(adapters(policy.model).values(), args.distill_lr)
-    files.train_only(policy.model, adapters(policy.model) if is_cloned or not tiny else base)
+    files.train_only(policy.model, adapters(policy.model) if cloned or not tiny else base)
 
     def act_policy(obs):
-        return policy.sample(robot.unpack(obs, sizes.image, args.critic_image)[0], 1)[:, 0]
+        return policy.sample(robot.unpack(obs, *image_sizes)[0], 1)[:, 0]
 
     @torch.no_grad()
     def act_optimized(obs):  # pi^opt of algorithm 1
-        images, small, proprio = robot.unpack(obs, sizes.image, args.critic_image)
-        features = critic.encode(small, proprio if args.use_proprio else proprio[:, :0])
+        images, small, proprio = robot.unpack(obs, *image_sizes)
+        features = critic.encode(small, proprio[:, : 7 * args.use_proprio])
         actions, q = optimize(critic, features, policy.sample(images, args.num_samples), args, args.greedy_rollouts)
         return select_actions(actions, q, args.greedy_rollouts)
 
@@ -907,24 +836,20 @@ def main(argv: list[str] | None = None) -> None:
         # Phase 1, tiny only: clone scripted demonstrations into a policy that can do a little, as OpenVLA can
         num_cloning_steps = args.num_cloning_steps if tiny else 0
         if num_cloning_steps and run.phase == "cloning":
-            images, actions = robot.demonstrations(args, env, sizes.image, device)
+            images, actions = robot.demonstrations(args, env, image_sizes, device)
         for step in run.steps("cloning", num_cloning_steps, envs, act_policy):
             cloning_optimizer.param_groups[0]["lr"] = args.cloning_lr * (1 - step / num_cloning_steps)
             rows = torch.randint(len(images), (args.cloning_batch_size,), device=device)
             shifted = random_shift(images[rows])
             loss = supervised_step(policy, cloning_optimizer, shifted, actions[rows])
             run.log({"policy_loss": loss}, every=args.log_every)
-        if tiny and not is_cloned:
+        if tiny and not cloned:
             files.write_checkpoint(run.folder / "cloned", policy.model, files.TINY_STATISTICS)
         files.train_only(policy.model, adapters(policy.model))
-        pool = None
-        if args.num_cache_workers and run.phase != "done":
-            workers_args = dataclasses.replace(args, checkpoint=str(run.folder / "cloned")) if tiny else args
-            pool = CachePool(workers_args, policy, make_workers_policy, draw_candidates)
+        pool = make_pool(args, run, policy, make_policy, draw_candidates)
 
         # Zero-shot episodes of the policy as it is; those that a stopped run has are read from their files
-        online = run.phase == "online"
-        for i in range(args.num_zero_shot + run.progress["step"] if online else 0):
+        for i in range(args.num_zero_shot + run.progress["step"] if run.phase == "online" else 0):
             buffer.add(robot.read_episode(run, i))
         if run.phase == "offline":
             successes = []
@@ -935,12 +860,13 @@ def main(argv: list[str] | None = None) -> None:
             print(f"zero-shot: success {np.mean(successes):.0%} in {args.num_zero_shot} episodes")
 
         # Phase 2: train the critic on them (algorithm 2, lines 3 and 4), with candidates that are drawn once
-        rows, arrivals = None, refresh(policy, buffer, args, run, pool)
+        rows, arrivals = None, refresh(policy, buffer, run, pool)
         for step in run.steps("offline", args.num_offline_steps, envs, evaluated, args.num_offline_evals):
             rows = next(arrivals, rows)
             index = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
             info = critic_update(critic, target_critic, critic_optimizer, buffer, index, args)
             if (step + 1) % args.log_every == 0:
+                info["q_std"] = candidate_spread(critic, buffer, buffer.obs_index[index], args)
                 q_stds += [info["q_std"].item()] if 2 * step >= args.num_offline_steps else []
                 run.log(info)
 
@@ -951,13 +877,13 @@ def main(argv: list[str] | None = None) -> None:
         for i in run.steps("online", args.num_online_episodes, envs, evaluated, args.num_online_evals, "episode"):
             episode, success = robot.get_episode(env, act_optimized, args.num_zero_shot + i, policy.version(), run)
             buffer.add(episode)
-            rows = [*refresh(policy, buffer, args, run, pool)][-1]  # of the new episode, and what a stop left undone
+            rows = [*refresh(policy, buffer, run, pool)][-1]  # of the new episode, and what a stop left undone
             length = len(episode["rewards"])
             num_distill, num_critic = round(length * args.distill_ratio), round(length * args.utd)
             metrics = {"episode_success": success, "episode_length": length}
             if num_distill:
                 metrics |= distill_lora(policy, policy_optimizer, critic, buffer, num_distill, greedy, args)
-            arrivals = refresh(policy, buffer, args, run, pool)
+            arrivals = refresh(policy, buffer, run, pool)
             for _ in range(num_critic):
                 run.check_stop()
                 rows = next(arrivals, rows)
@@ -966,8 +892,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = [rows, *arrivals][-1]  # the policy must not change under its workers
             run.count(episodes=1, env_steps=length, updates=num_distill + num_critic)
             run.log(metrics)
-        if pool:
-            pool.close()
+        pool.close()
         finish(run, env, make_robot, act_optimized, policy, critic)
 
 

@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,11 +67,24 @@ def read_config(folder: pathlib.Path) -> tuple[dict, dict]:
     return ({} if eps is None else {"rms_eps": eps}) | sizes, statistics
 
 
-def open_checkpoint(args, sizes_class, tiny, folder: pathlib.Path | None = None):
-    """Sizes, folder (None: tiny), tokenizer, and the robot's action statistics, before anything heavy is read.
+class Opened(NamedTuple):
+    """What is known of a checkpoint before anything heavy is read."""
 
-    Of args.checkpoint, or of a folder that is named.
-    """
+    sizes: object  # of the networks
+    folder: pathlib.Path | None  # None: random weights
+    tokenize: object  # text -> ids
+    statistics: dict  # of the robot's actions: q01, q99, mask
+
+
+def cloned_folder(args) -> pathlib.Path | None:
+    """Where a resumed run with `--checkpoint tiny` has its cloned model, if it has come so far."""
+    folder = pathlib.Path(args.resume, "cloned")
+    done = args.resume and args.checkpoint == "tiny" and (folder / "config.json").is_file()
+    return folder if done else None
+
+
+def open_checkpoint(args, sizes_class, tiny, folder: pathlib.Path | None = None) -> Opened:
+    """Open args.checkpoint, or a folder that is named. sizes_class, tiny: a script's sizes, and those of `tiny`."""
     if folder is None and args.checkpoint == "tiny":
         sizes, statistics = tiny, TINY_STATISTICS
     else:
@@ -78,7 +92,7 @@ def open_checkpoint(args, sizes_class, tiny, folder: pathlib.Path | None = None)
         changed, statistics = read_config(folder)
         sizes = sizes_class(**changed)
     tokenize = load_tokenizer(folder, sizes.vocabulary, sizes.last_action - 256 - 3)
-    return sizes, folder, tokenize, action_statistics(statistics, args.unnorm_key)
+    return Opened(sizes, folder, tokenize, action_statistics(statistics, args.unnorm_key))
 
 
 def action_statistics(statistics: dict, key: str) -> dict[str, np.ndarray]:
@@ -157,6 +171,17 @@ def read_weights(folder: pathlib.Path, shapes: dict[str, tuple], device) -> dict
     check_memory(sum(int(np.prod(shape)) for shape in shapes.values()), device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {name: found[name][1].get_tensor(name).to(device, dtype) for name in shapes}
+
+
+def load_model(model_class, opened: Opened, device: torch.device) -> nn.Module:
+    """`model_class(sizes)` with the checkpoint's weights."""
+    if opened.folder is None:
+        return model_class(opened.sizes).to(device)
+    with torch.device("meta"):
+        model = model_class(opened.sizes)
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    model.load_state_dict(read_weights(opened.folder, shapes, device), assign=True)
+    return model
 
 
 def train_only(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:

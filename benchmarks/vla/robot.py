@@ -6,18 +6,38 @@ percentile, and the gripper from 0 (closed) to 1 (open). Only here is it turned 
 
 import pathlib
 import zipfile
+from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness.cli import fail
+from benchmarks.harness.cli import RunArgs, fail
 from benchmarks.harness.rollouts import check_optional_parts, check_rewards, make_vector_env, succeeded
 from benchmarks.harness.runs import write_atomically
 from benchmarks.tasks import make_env
 from benchmarks.tasks.dataset import Dataset
 from benchmarks.tasks.widowx import collect_demonstrations
+
+
+@dataclass
+class RobotArgs(RunArgs):
+    """The flags of every run, and of the robot, the REST server and the workers."""
+
+    # robot
+    camera_size: int = 256  # pixels of the camera's image
+    max_steps: int = 60  # actions of an episode before it is cut (release: 200)
+    robot_host: str = "localhost"  # where the real robot's server is
+    robot_port: int = 5556  # and its port
+    reward: str = "keyboard"  # on the real robot: the operator says, or a program `module:function`
+    # server
+    serve: int = 0  # with --resume: do not train, answer OpenVLA's REST protocol on this port
+    serve_host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: anybody's requests
+    # candidate cache
+    num_cache_workers: int = 0  # processes that draw candidates (the paper: 12); 0: the trainer does
+    ray: str = ""  # address of the Ray cluster they run on; empty: this machine
+    cache_batch: int = 16  # states at a time
 
 
 def unnormalize(actions, statistics):
@@ -120,13 +140,13 @@ def set_up_robot(args, statistics, policy_size: int):
     return env, None if args.env_id == "widowx-real" else make_vector_env(args, make_robot), make_robot
 
 
-def demonstrations(args, env: RobotEnv, policy_size: int, device):
+def demonstrations(args, env: RobotEnv, image_sizes, device):
     """Images uint8 (N, 3, H, W) at the policy's size and normalised actions (N, 7) of scripted episodes."""
     found = collect_demonstrations(args.env_id, args.num_demonstrations, args.seed, **robot_options(args))
     episodes = [as_episode(demonstration, env) for demonstration in found]
     states = torch.as_tensor(np.concatenate([e["obs"][:-1] for e in episodes]), device=device)
     actions = torch.as_tensor(np.concatenate([e["actions"] for e in episodes]), device=device)
-    return unpack(states, policy_size, args.critic_image)[0], actions
+    return unpack(states, *image_sizes)[0], actions
 
 
 def as_episode(demonstration: dict, env: RobotEnv) -> dict[str, np.ndarray]:

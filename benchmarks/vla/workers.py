@@ -5,6 +5,7 @@ this repository must be importable, and a checkpoint must lie where it lies here
 """
 
 import collections
+import dataclasses
 import os
 import pathlib
 
@@ -107,21 +108,21 @@ class CacheWorker:
 
 
 class CachePool:
-    """`args.num_cache_workers` of these, on the cluster args.ray or on this machine.
+    """args.num_cache_workers of these, on the cluster args.ray or on this machine."""
 
-    make_policy(args, instruction) and draw(policy, images, k, batch, seed) are a script's.
-    """
+    elsewhere = True
 
     def __init__(self, args, policy, make_policy, draw):
         settings = args, make_policy, draw, policy.instruction
         self.pool = Pool(args.num_cache_workers, args.ray, CacheWorker, settings, float(policy.device.type == "cuda"))
 
-    def candidates(self, adapter: dict[str, np.ndarray], version: str, images: dict, seeds: dict):
+    def candidates(self, policy, version: str, images: dict, seeds: dict):
         """A generator of (episode, candidates) as they come; (None, None) whenever there are none at the moment, but
         for the first, which are waited for. images: (N + 1, 3, H, W) uint8 by episode; seeds: by episode.
         """
+        adapter = {name: value.cpu().numpy() for name, value in TrainedPart(policy.model).state_dict().items()}
         shared, first = self.pool.share(adapter), True
-        self.pool.submit({e: ("candidates", shared, version, images[e], seeds[e]) for e in images})
+        self.pool.submit({e: ("candidates", shared, version, images[e].cpu().numpy(), seeds[e]) for e in images})
         while self.pool.busy():
             answers = self.pool.results(wait=first)
             first = first and not answers
@@ -129,3 +130,32 @@ class CachePool:
 
     def close(self) -> None:
         self.pool.close()
+
+
+class NoPool:
+    """The same in the trainer's own process, one episode after the other."""
+
+    elsewhere = False
+
+    def __init__(self, args, run, draw):
+        self.args, self.run, self.draw = args, run, draw
+
+    def candidates(self, policy, version: str, images: dict, seeds: dict):
+        for e in self.run.each("caching", list(images)) if len(images) > 1 else images:
+            yield e, self.draw(policy, images[e], self.args.num_samples, self.args.cache_batch, seeds[e]).cpu().numpy()
+
+    def close(self) -> None:
+        pass
+
+
+def make_pool(args, run, policy, make_policy, draw):
+    """What draws candidates: workers if args.num_cache_workers says so, else this process.
+
+    make_policy(args, instruction) and draw(policy, images, k, batch, seed) are a script's. Of a tiny model the workers
+    read the weights that the run has cloned.
+    """
+    if args.num_cache_workers == 0 or run.phase == "done":
+        return NoPool(args, run, draw)
+    if args.checkpoint == "tiny":
+        args = dataclasses.replace(args, checkpoint=str(run.folder / "cloned"))
+    return CachePool(args, policy, make_policy, draw)
