@@ -142,7 +142,7 @@ class Sizes:
         return self.vocabulary - 64  # an action token is this minus a bin from 1 to 256
 
 
-TINY = Sizes(112, (64, 4, 4, 128), (64, 4, 4, 128), (128, 3, 4, 256), 256, 1088, empty_token=2)
+TINY = Sizes(112, (64, 4, 4, 128), (64, 4, 4, 128), (96, 2, 4, 192), 256, 1088, empty_token=2)
 EOS, NUM_BINS, ACTION_DIM, PATCH = 2, 256, 7, 14
 # Mean and standard deviation of the two towers' pixels: DINOv2's are ImageNet's
 PIXELS = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5), (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
