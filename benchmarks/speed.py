@@ -5,6 +5,7 @@
     python benchmarks/speed.py --script parl_transformer_calql --case antmaze
     python benchmarks/speed.py --preset kitchen --obs-dim 59 --action-dim 9 --device cuda
     python benchmarks/speed.py --device cuda --compile                   # updates as --compile makes them
+    python benchmarks/speed.py --script parl_openvla_real --case tiny    # its own cases, see vla/timing.py
     python benchmarks/speed.py --profile "critic update"                 # what that phase spends its time on
     python benchmarks/speed.py --against ../before --phase acting        # was it worth it? this checkout and another
 
@@ -87,6 +88,7 @@ CASES: dict[str, dict] = {
     "quickstart": dict(preset="pointmaze", obs_dim=4, action_dim=2, fields={}, cloning=(), release={}),
     "kitchen": dict(preset="kitchen", obs_dim=59, action_dim=9, fields={}, cloning=(), release={}),
 }  # fmt: skip
+VLA, VLA_CASES = "parl_openvla_real", ("tiny", "openvla-7b")
 
 
 @dataclass
@@ -697,6 +699,11 @@ def load_script(name: str, root: pathlib.Path = ROOT, needed: tuple[str, ...] = 
 
 def check_options(options: Options) -> torch.device:
     """Refuse what cannot be measured; returns the device."""
+    if options.script == VLA:
+        others = options.preset, options.phase, options.against, options.profile, options.compile
+        if any(others) or options.case not in VLA_CASES:
+            fail(f"{VLA} has cases of its own, --case {' or '.join(VLA_CASES)}, and no other options")
+        options = dataclasses.replace(options, case="")
     if options.case and options.preset:
         fail("give --case or --preset, not both")
     if options.case not in ("", "all", *CASES):
@@ -747,6 +754,15 @@ def run_all(options: Options) -> list[dict]:
     return results
 
 
+def measure_vla(options: Options, device) -> dict:
+    script = load_script(VLA, needed=("OpenVLA", "VLAPolicy", "add_lora", "PixelCritic", "critic_update"))
+    timing = importlib.import_module("benchmarks.vla.timing")
+    result = timing.measure(script, options.case, device, lambda function: repeat(function, options.seconds, device))
+    result |= {"machine": machine(options, device), "peak_memory_gb": peak_memory(device)}
+    timing.print_table(result, result["peak_memory_gb"])
+    return {"script": VLA} | result
+
+
 def case_of(options: Options) -> tuple[str, dict]:
     """Name, "" for own sizes, and sizes of the one case that is asked for."""
     name = options.case or ("" if options.preset else "antmaze")
@@ -758,9 +774,11 @@ def main() -> None:
     options = tyro.cli(Options)
     device = check_options(options)
     torch.set_num_threads(1 if options.profile else options.threads or cores())
-    if options.profile:
+    if options.script == VLA:
+        results = [measure_vla(options, device)]
+    elif options.profile:
         return profile(options, case_of(options)[1], device)
-    if options.against:
+    elif options.against:
         names = CASES if options.case == "all" else [options.case]
         results = [compare(dataclasses.replace(options, case=name), device) for name in names]
     elif options.case == "all":
