@@ -197,6 +197,21 @@ def test_zero_shot_episodes_are_the_policys_and_later_ones_the_optimized_actions
             np.testing.assert_allclose(taken, halved, atol=1e-5)
 
 
+def test_files_say_which_version_of_the_policy_made_them(notes):
+    """So that a resumed run takes them only if it was the same: episodes as they came, candidates as they are now."""
+    folder = notes[1]["folder"]
+
+    def versions(kind, last):
+        names = [f"{number:05}.npz" for number in range(last)]
+        assert sorted(path.name for path in (folder / kind).iterdir()) == names
+        return [str(robot.read_arrays(folder / kind / name)["version"]) for name in names]
+
+    acted = versions("episodes", ZERO_SHOT + EPISODES)
+    assert len(set(acted[: ZERO_SHOT + 1])) == 1 and len(set(acted[ZERO_SHOT:])) == EPISODES  # LoRA comes after each
+    (drawn,) = set(versions("cache", ZERO_SHOT + EPISODES))
+    assert drawn == notes[1]["policy"].version() and drawn not in acted
+
+
 def test_images_are_kept_once_and_rewards_are_biased(notes):
     buffer = notes[1]["buffer"]
     episodes = ZERO_SHOT + EPISODES
@@ -279,6 +294,62 @@ def test_states_to_distil_are_uniform_over_rows():
     assert counts.sum() == 6_000 and ((counts - 600) ** 2 / 600).sum() < 34  # 9 degrees of freedom, p = 1e-4
 
 
+def test_a_critic_update_takes_each_transition_as_it_was(monkeypatch):
+    """Images and candidates of s and s', the reward, the action; the gradient reaches the encoder, the target lags."""
+    args = script.Args(num_samples=3, num_keep=2, num_gradient_steps=1, critic_image=8, use_proprio=True)
+    args.ensemble_size, args.target_subset, args.discount, args.target_tau = 3, 2, 0.9, 0.25
+    torch.manual_seed(0)
+    buffer, random = script.EpisodeBuffer((8, 8), args, torch.device("cpu")), np.random.default_rng(0)
+    for length in (2, 3):
+        proprio = random.normal(size=(length + 1, 7)).astype(np.float32)
+        pixels = random.integers(0, 256, (length + 1, 2 * 3 * 64)).astype(np.uint8)
+        obs = np.concatenate([pixels, proprio.view(np.uint8)], 1)
+        actions = random.uniform(-1, 1, (length, 7)).astype(np.float32)
+        last = np.arange(length) == length - 1
+        buffer.add(dict(obs=obs, actions=actions, rewards=last.astype(np.float32), terminals=last))
+    buffer.candidates.uniform_(-1, 1)
+    critic, target = (script.PixelCritic(7, 7, 4, (1,), (4,), 3) for _ in range(2))
+    encoders = {c: script.copy.deepcopy(c) for c in (critic, target)}
+    before = [p.clone() for p in target.parameters()]
+    calls = {}
+
+    def note(name):
+        function = getattr(script, name)
+
+        def noting(*given):
+            calls[name] = given, (result := function(*given))
+            return result
+
+        monkeypatch.setattr(script, name, noting)
+
+    for name in ("optimize", "td_target", "calql_loss"):
+        note(name)
+    shifted = []
+    monkeypatch.setattr(script, "random_shift", lambda images: shifted.append(images) or images.flip(-1))
+    index, here, there = torch.tensor([1, 4, 2, 0]), [1, 5, 3, 0], [2, 6, 4, 1]  # rows, their states, the next ones
+    script.critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1), buffer, index, args)
+    assert len(shifted) == 1 and torch.equal(shifted[0], buffer.small[here + there])  # each image moves by itself
+    encoded = lambda c, states: encoders[c].encode(buffer.small[states].flip(-1), buffer.proprio[states])  # noqa: E731
+    (_, obs, candidates, *_), _ = calls["optimize"]
+    torch.testing.assert_close(obs, torch.cat([encoded(critic, here), encoded(critic, there)]))
+    assert torch.equal(candidates, buffer.candidates[here + there]) and not obs.requires_grad
+    (_, rewards, masks, next_obs, _, discount, members), target_q = calls["td_target"]
+    assert rewards.tolist() == [0, 0, -1, -1] and masks.tolist() == [0, 0, 1, 1] and discount == 0.9
+    torch.testing.assert_close(next_obs, encoded(target, there))
+    assert len(set(members.tolist())) == 2 and target_q.tolist()[:2] == [0, 0]
+    (_, obs, actions, *_, random_actions, alpha, _), _ = calls["calql_loss"]
+    torch.testing.assert_close(obs, encoded(critic, here))
+    assert torch.equal(actions, buffer.actions[index]) and torch.equal(
+        calls["calql_loss"][0][4], buffer.mc_returns[index]
+    )
+    assert random_actions.shape == (4, args.cql_actions, 7) and random_actions.abs().max() <= 1 and alpha == 0.01
+    assert random_actions.min() < -0.5 and random_actions.max() > 0.5
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in critic.encoder.parameters())
+    for old, new, online in zip(before, target.parameters(), critic.parameters()):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * online)
+        assert new.grad is None
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_the_best_candidate_is_taught_or_one_drawn_from_equation_4_3(greedy):
     """Candidates whose Q differ by 2: the softmax prefers the best one to the other by exp(2)."""
@@ -318,13 +389,14 @@ def test_a_failed_episode_is_worth_the_least_and_a_successful_one_its_discounted
     """-1 / (1 - 0.99) = -100 from every state; and a success ends the value, a time limit does not."""
     buffer = script.EpisodeBuffer((8, 8), script.Args(num_samples=2, critic_image=8), torch.device("cpu"))
     obs, actions = np.zeros((4, 2 * 3 * 64 + 28), np.uint8), np.zeros((3, 7), np.float32)
-    for last in (False, True):
-        rewards = np.array([0, 0, last], np.float32)
-        buffer.add(dict(obs=obs, actions=actions, rewards=rewards, terminals=np.array([False, False, last])))
-    assert buffer.rewards.tolist() == [-1, -1, -1, -1, -1, 0] and buffer.masks.tolist() == [1, 1, 1, 1, 1, 0]
-    expected = torch.tensor([-100.0, -100, -100, -1.99, -1, 0])
+    for reward, ends in ((0, False), (1, True), (0, True)):
+        rewards = np.array([0, 0, reward], np.float32)
+        buffer.add(dict(obs=obs, actions=actions, rewards=rewards, terminals=np.array([False, False, ends])))
+    assert buffer.rewards.tolist() == [-1, -1, -1, -1, -1, 0, -1, -1, -1]
+    assert buffer.masks.tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 0]
+    expected = torch.tensor([-100.0, -100, -100, -1.99, -1, 0, -100, -100, -100])
     torch.testing.assert_close(buffer.mc_returns, expected, atol=1e-4, rtol=1e-5)
-    assert buffer.obs_index.tolist() == [0, 1, 2, 4, 5, 6]
+    assert buffer.obs_index.tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
 
 
 def test_proprio_is_shown_to_the_critic_only_if_asked_for():
