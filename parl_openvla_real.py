@@ -701,7 +701,7 @@ class EpisodeBuffer:
         self.versions.append("")
 
     def put_candidates(self, episode: int, candidates: np.ndarray, version: str) -> None:
-        self.candidates[self.states_of(episode)] = torch.as_tensor(candidates, device=self.device)
+        self.candidates[self.states_of(episode)] = torch.tensor(candidates, device=self.device)
         self.versions[episode] = version
 
     def states_of(self, episode: int) -> slice:

@@ -174,11 +174,12 @@ def read_weights(folder: pathlib.Path, shapes: dict[str, tuple], device) -> dict
 
 
 def load_model(model_class, opened: Opened, device: torch.device) -> nn.Module:
-    """`model_class(sizes)` with the checkpoint's weights."""
-    if opened.folder is None:
-        return model_class(opened.sizes).to(device)
-    with torch.device("meta"):
+    """`model_class(sizes)` with the checkpoint's weights, or random ones; the same random numbers follow either way."""
+    with torch.device("cpu" if opened.folder is None else "meta"):
         model = model_class(opened.sizes)
+    torch.manual_seed(torch.initial_seed())  # a resumed run, which reads what it cloned, draws the same adapters
+    if opened.folder is None:
+        return model.to(device)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     model.load_state_dict(read_weights(opened.folder, shapes, device), assign=True)
     return model

@@ -96,6 +96,9 @@ class CacheWorker:
         self.args, self.draw, self.version = args, draw, None
         self.policy = make_policy(args, instruction)
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def candidates(self, adapter: dict[str, np.ndarray], version: str, images: np.ndarray, seed: int) -> np.ndarray:
         if version != self.version:
             state = {name: torch.tensor(array) for name, array in adapter.items()}
