@@ -107,8 +107,7 @@ def resumed_args(args_class, folder: str, argv: list[str] | None):
     script = script_name(args_class())
     if config.pop("script", None) != script:
         fail(f"{folder} was made by another script; resume it with that one, not with {script}.py")
-    config.pop("provenance", None)
-    config.pop("data", None)
+    config = {name: value for name, value in config.items() if name not in ("provenance", "data")}
     known = {field.name for field in dataclasses.fields(args_class)}
     if set(config) != known:
         fail(f"{folder} was made by another version of {script}.py (flags differ: {sorted(set(config) ^ known)})")
@@ -132,7 +131,7 @@ BOUNDS: dict[str, tuple] = {
     **dict.fromkeys(("distill_every", "num_warmup_episodes"), (1, 10**9)), "target_subset": (1, "ensemble_size"),
     **dict.fromkeys(("policy_hidden", "policy_width", "policy_heads", "critic_hidden"), (1, 10**6)),
     **dict.fromkeys(("policy_blocks", "policy_layers", "diffusion_steps", "ensemble_size"), (1, 10**4)),
-    **dict.fromkeys(("policy_bins", "num_bins"), (2, 10**6)), "num_keep": (1, "num_samples"),
+    **dict.fromkeys(("policy_bins", "num_bins"), (2, 10**6)), "num_keep": (1, "num_samples"), "chunk": (1, 10**4),
     **dict.fromkeys(("policy_lr", "distill_lr", "critic_lr", "gradient_step_size", "cql_alpha"), RATE),
     **dict.fromkeys(("policy_ema", "target_tau", "mixing_ratio", "distill_after"), SHARE),
     **dict.fromkeys(("utd", "distill_ratio"), (0.0, 1e6)), "greedy_below_std": RATE, "expectile": (0.001, 0.999),
