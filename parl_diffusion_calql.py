@@ -551,10 +551,7 @@ class ReplayBuffer:
         return actions.masked_fill(actions.isnan().any(1, keepdim=True), math.nan)
 
     def sample_index(self, shape: tuple[int, int], mixed: bool = True) -> torch.Tensor:
-        """Indices (updates, batch) of rows that begin a window: mixing_ratio of each batch offline, the rest online.
-
-        Or, not mixed, uniform over all rows, of which those shortly before a cut begin none.
-        """
+        """Rows (updates, batch) that begin a window, mixing_ratio of them offline; not mixed: all rows alike."""
         num_windows = len(self.starts)
         if not mixed:
             return torch.randint(len(self), shape, device=self.device)

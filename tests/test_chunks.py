@@ -406,8 +406,15 @@ def test_a_resumed_run_keeps_its_chunk(finished):
 # --- WHAT LOOKS AT RUNS ---
 
 
-def test_the_studies_go_on_working(finished, tmp_path):
-    """Distilling from a run with chunks, climbing and precision on its networks."""
+def test_the_studies_go_on_working(finished, monkeypatch):
+    """Distilling from a run with chunks, of an episode that is cut; climbing and precision on its networks."""
+    collect = distilling.collect_episode
+
+    def cut(*args):
+        episode, success = collect(*args)
+        return dataclasses.replace(episode, terminals=np.zeros(len(episode), bool)), success
+
+    monkeypatch.setattr(distilling, "collect_episode", cut)
     options = distilling.Options(run=str(finished(calql)), online=1, every=1, episodes=2, ways=("both",))
     rows = distilling.fine_tune(options)
     assert len(rows) == 2 and np.isfinite(rows[1]["q_taken"]) and np.isfinite(rows[1]["followed"])
