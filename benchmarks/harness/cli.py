@@ -24,7 +24,7 @@ class RunArgs:
     """The flags of every run; a script's `Args` adds those of its algorithm."""
 
     env_id: str = "pointmaze-medium-v0"  # task, see benchmarks/tasks
-    preset: str = "auto"  # PRESETS of a task family, auto: by the task's name; laptop: the same for two CPU cores
+    preset: str = "auto"  # PRESETS of a task family, auto: by the task's name; laptop, laptop-chunk: for two CPU cores
     seed: int = 1  # seed of everything but the dataset
     device: str = "auto"  # auto: the GPU if there is one
     threads: int = 0  # CPU threads, 0: all cores this process may use
@@ -80,7 +80,7 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
         preset = family if given.preset == "auto" else given.preset
         if preset not in presets:
             fail(f"unknown --preset {preset!r}; there are {', '.join(presets)}")
-        below = presets[family] if preset == "laptop" else {}
+        below = presets[family] | presets["laptop"] if preset.startswith("laptop") else {}
         args = tyro.cli(args_class, args=argv, default=args_class(**below | presets[preset]))
         args.preset = preset
     check_args(args)
