@@ -4,6 +4,8 @@ In floating-point operations, two for each multiply-add of the matrix products. 
 same counts. args are those of a script.
 """
 
+import math
+
 TIME_DIM = 128  # features of a denoising step, as in `DiffusionPolicy`
 DAY = 24 * 3600.0
 # Of a state's candidates, where those that cannot win are left out (1 to 3.4 in benchmarks/climbing)
@@ -146,7 +148,8 @@ def distinct(draws: int, population: int) -> int:
 
 
 def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: int) -> dict[str, float]:
-    """A whole run, by phase. num_states: distinct ones of the data; episode: environment steps of one.
+    """A whole run, by phase. action_dim: of all steps of a chunk; num_states: distinct ones of the data; episode:
+    environment steps of one.
 
     Empty for a policy or a critic whose arithmetic is not counted here (of images).
     """
@@ -165,7 +168,7 @@ def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: i
             flops["offline"] += rounds * distill_flops(args, *sizes, updates, num_states, climbed)
         else:
             flops["caching"] = sampling_flops(args, *sizes, num_states, args.num_samples)
-    acting = episode * acting_flops(args, *sizes, 1, climbed)
+    acting = math.ceil(episode / args.chunk) * acting_flops(args, *sizes, 1, climbed)
     flops["online"] = args.num_online_episodes * (acting + online_flops(args, *sizes, episode, num_states, climbed))
     return flops
 
