@@ -36,7 +36,7 @@ scripted demonstrations; it stands for the pre-trained model. On a GPU weights a
 
 import copy
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +53,7 @@ from benchmarks.harness.runs import Run
 from benchmarks.vla import checkpoint as files
 from benchmarks.vla import robot
 from benchmarks.vla.server import serve
-from benchmarks.vla.workers import make_pool
+from benchmarks.vla.workers import check_ray, make_pool
 
 
 # --- ARGUMENTS ---
@@ -267,8 +267,8 @@ class OpenVLA(nn.Module):
                   "fused_featurizer": VisionTower(sizes.image, *sizes.siglip, False)}  # fmt: skip
         self.vision_backbone = nn.ModuleDict(towers)
         self.projector = perceptron(sizes.dino[0] + sizes.siglip[0], sizes.projector, width, width)
-        llama = Llama(*sizes.llama, sizes.vocabulary, sizes.rms_eps)
-        self.language_model = nn.ModuleDict({"model": llama, "lm_head": nn.Linear(width, sizes.vocabulary, bias=False)})
+        llama, head = Llama(*sizes.llama, sizes.vocabulary, sizes.rms_eps), nn.Linear(width, sizes.vocabulary, False)
+        self.language_model = nn.ModuleDict({"model": llama, "lm_head": head})
 
     def vision_features(self, images, checkpointed=False):
         """images uint8 (B, 3, H, W), or pixels (B, 6, H, W) -> (B, patches, DINOv2's width + SigLIP's)."""
@@ -306,8 +306,7 @@ class OpenVLA(nn.Module):
         """
         model, n, B = self.language_model["model"], num_samples, len(images)
         x = self.embed(images, prompt.expand(B, -1))
-        width, layers, heads, _ = self.sizes.llama
-        P, D = x.shape[1:]
+        (width, layers, heads, _), (P, D) = self.sizes.llama, x.shape[1:]
         caches = x.new_empty(layers, 2, B, heads, P + (ACTION_DIM - 1) * n, width // heads)
         hidden = model(x, torch.arange(P, device=x.device), None, caches)[:, -1:].expand(B, n, D)
         prefix, own = x.new_ones(n, P, dtype=torch.bool), torch.eye(n, dtype=torch.bool, device=x.device)
@@ -802,6 +801,7 @@ def main(argv: list[str] | None = None) -> None:
         fail("--no-plain is for critics of vectors; numbers of episodes, steps, ranks and states must be at least 1")
     device, tiny, cloned = start_torch(args), args.checkpoint == "tiny", files.cloned_folder(args)
     opened = files.open_checkpoint(args, Sizes, TINY, cloned)
+    check_ray(args.num_cache_workers, args.ray)
     if args.serve:
         return serve(args, make_policy(args, "nothing yet", opened), opened.statistics)
     env, envs, make_robot = robot.set_up_robot(args, opened.statistics, opened.sizes.image)
@@ -877,7 +877,7 @@ def main(argv: list[str] | None = None) -> None:
         for i in run.steps("online", args.num_online_episodes, envs, evaluated, args.num_online_evals, "episode"):
             episode, success = robot.get_episode(env, act_optimized, args.num_zero_shot + i, policy.version(), run)
             buffer.add(episode)
-            rows = [*refresh(policy, buffer, run, pool)][-1]  # of the new episode, and what a stop left undone
+            (rows,) = deque(refresh(policy, buffer, run, pool), 1)  # of the new episode, and what a stop left undone
             length = len(episode["rewards"])
             num_distill, num_critic = round(length * args.distill_ratio), round(length * args.utd)
             metrics = {"episode_success": success, "episode_length": length}
@@ -889,7 +889,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows = next(arrivals, rows)
                 index = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
                 metrics |= critic_update(critic, target_critic, critic_optimizer, buffer, index, args)
-            rows = [rows, *arrivals][-1]  # the policy must not change under its workers
+            (rows,) = deque(arrivals, 1) or [rows]  # the policy must not change under its workers
             run.count(episodes=1, env_steps=length, updates=num_distill + num_critic)
             run.log(metrics)
         pool.close()

@@ -601,7 +601,6 @@ def test_serving_what_a_finished_run_has_learned(notes, monkeypatch):
     assert not np.allclose(likeliest[0], likeliest[1]), "the adapters make no difference: nothing was tested"
 
 
-@pytest.mark.xfail(strict=True, reason="fault: said only after cloning, when a folder has been made; see the report")
 @pytest.mark.parametrize("missing", ["ray"])
 def test_what_the_workers_need_is_asked_for_before_anything_long(missing, monkeypatch, tmp_path):
     stand_in(monkeypatch)
@@ -623,7 +622,6 @@ class Slow(workers.NoPool):
             yield from [(None, None)] * 500
 
 
-@pytest.mark.xfail(strict=True, reason="fault: main keeps what it is told while it waits, see the report")
 def test_waiting_for_the_workers_takes_no_memory(monkeypatch, tmp_path):
     """With 7 billion parameters they take minutes; what the trainer may use meanwhile is told thousands of times."""
     stand_in(monkeypatch)

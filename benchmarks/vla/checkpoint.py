@@ -51,7 +51,8 @@ def checkpoint_folder(checkpoint: str) -> pathlib.Path:
     try:
         return pathlib.Path(snapshot_download(checkpoint, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # of the hub's many kinds
-        fail(f"--checkpoint {checkpoint} could not be downloaded ({str(error).strip().splitlines()[0]})")
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        fail(f"--checkpoint {checkpoint} could not be downloaded ({why})")
 
 
 def read_config(folder: pathlib.Path) -> tuple[dict, dict]:
@@ -60,10 +61,10 @@ def read_config(folder: pathlib.Path) -> tuple[dict, dict]:
         config = json.loads((folder / "config.json").read_text())
         own = folder / "dataset_statistics.json"  # of a fine-tuned model
         statistics = config.get("norm_stats", {}) | (json.loads(own.read_text()) if own.is_file() else {})
-    except (OSError, ValueError) as error:
+        eps = config.get("text_config", {}).get("rms_norm_eps")
+        sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("parl_sizes", {}).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the latter two: of another form
         fail(f"{folder} is no OpenVLA checkpoint: its config cannot be read ({error})")
-    eps = config.get("text_config", {}).get("rms_norm_eps")
-    sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("parl_sizes", {}).items()}
     return ({} if eps is None else {"rms_eps": eps}) | sizes, statistics
 
 

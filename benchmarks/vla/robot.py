@@ -49,7 +49,7 @@ def unnormalize(actions, statistics):
 def normalize(actions, statistics):
     """The inverse of `unnormalize`."""
     q01, q99, mask = (statistics[name] for name in ("q01", "q99", "mask"))
-    return np.where(mask, 2 * (np.asarray(actions) - q01) / np.where(mask, q99 - q01, 1) - 1, actions)
+    return np.where(mask, 2 * (np.asarray(actions) - q01) / np.where(q99 > q01, q99 - q01, 1) - 1, actions)
 
 
 def resize(image, size: int) -> np.ndarray:
@@ -93,7 +93,11 @@ def unpack(obs, policy_size: int, critic_size: int):
     """
     large, small, proprio = obs.to(torch.uint8).split([3 * policy_size**2, 3 * critic_size**2, 28], 1)
     shape = (-1, 3, policy_size, policy_size), (-1, 3, critic_size, critic_size)
-    return large.reshape(shape[0]), small.reshape(shape[1]), proprio.contiguous().view(torch.float32)
+    return (
+        large.reshape(shape[0]),
+        small.reshape(shape[1]),
+        proprio.clone(memory_format=torch.contiguous_format).view(torch.float32),
+    )
 
 
 def collect(env, act, seed: int, run) -> tuple[dict[str, np.ndarray], bool]:

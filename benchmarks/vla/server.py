@@ -36,12 +36,14 @@ def start_server(act, port: int, host: str = "127.0.0.1") -> ThreadingHTTPServer
                 request = json_numpy.loads(self.rfile.read(length))
                 if isinstance(request, dict) and "encoded" in request:  # numpy arrays packed by the client beforehand
                     request = json_numpy.loads(request["encoded"])
-                image, instruction = np.asarray(request["image"]), str(request["instruction"])
-                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                if not isinstance(request, dict) or not isinstance(request.get("instruction"), str):
+                    raise ValueError("a request is an object with an `image` and an `instruction`, a text")
+                image, instruction = np.asarray(request["image"]), request["instruction"]
+                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
                     raise ValueError(f"`image` must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
                 with turn:
                     action = act(image, instruction, request.get("unnorm_key"))
-            except (ValueError, KeyError, TypeError, SystemExit) as error:
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError, SystemExit) as error:
                 return self.answer(400, {"error": f"{type(error).__name__}: {error}"})
             return self.answer(200, np.asarray(action, np.float64))
 

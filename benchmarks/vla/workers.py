@@ -8,15 +8,36 @@ import collections
 import dataclasses
 import os
 import pathlib
+import socket
 
 import numpy as np
 import torch
 
-from benchmarks.harness.cli import fail
+from benchmarks.harness.cli import available_cores, fail
 from benchmarks.vla.checkpoint import TrainedPart
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MOST_DEATHS = 3  # of the workers asked one question
+
+
+def check_ray(num_workers: int, address: str):
+    """The module `ray`, or the end in one line where workers are asked for and Ray or its cluster is not there.
+
+    Ray itself asks for minutes whether an address that nobody answers at has come up.
+    """
+    if num_workers == 0:
+        return None
+    try:
+        import ray
+    except ImportError:
+        fail("--num-cache-workers needs Ray: pip install ray")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            fail(f"--ray {address} cannot be reached ({error}); start it there with: ray start --head")
+    return ray
 
 
 class Pool:
@@ -24,10 +45,7 @@ class Pool:
 
     def __init__(self, num: int, address: str, make, args: tuple, gpus: float = 0.0):
         """address: of a Ray cluster, empty: a new one on this machine. gpus: share of a GPU that each worker gets."""
-        try:
-            import ray
-        except ImportError:
-            fail("--num-cache-workers needs Ray: pip install ray")
+        ray = check_ray(num, address)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False, "logging_level": "ERROR"}
@@ -40,8 +58,7 @@ class Pool:
             where = f"--ray {address}" if address else "a Ray cluster on this machine"
             fail(f"{where} cannot be reached or started ({(str(error).strip().splitlines() or [repr(error)])[0]})")
         self.ray, self.actor = ray, ray.remote(num_cpus=1, num_gpus=gpus)(make)
-        self.args, self.waiting, self.asked = args, collections.deque(), {}
-        self.deaths = collections.Counter()
+        self.args, self.waiting, self.asked, self.wanted, self.round = args, collections.deque(), {}, {}, 0
         self.idle = [self.actor.remote(*args) for _ in range(num)]
 
     def share(self, value):
@@ -50,36 +67,38 @@ class Pool:
 
     def submit(self, questions: dict) -> None:
         """By name: the method and its arguments. What was asked before and is not answered is forgotten."""
-        self.waiting = collections.deque(questions.items())
+        self.waiting, self.deaths = collections.deque(questions.items()), collections.Counter()
         self.wanted = dict(questions)
+        self.round += 1
         self._ask()
 
     def _ask(self) -> None:
         while self.waiting and self.idle:
             name, (method, *args) = self.waiting.popleft()
             actor = self.idle.pop()
-            self.asked[getattr(actor, method).remote(*args)] = (name, actor)
+            self.asked[getattr(actor, method).remote(*args)] = (name, self.round, actor)
 
     def busy(self) -> bool:
         return bool(self.wanted)
 
     def results(self, wait: bool) -> list[tuple]:
         """(name, answer) of what was answered since; with `wait`, of at least a second. The dead are replaced."""
-        ready, _ = self.ray.wait(list(self.asked), num_returns=1, timeout=1.0 if wait else 0.0)
+        ready, _ = self.ray.wait(list(self.asked), num_returns=1, timeout=1.0 if wait else 0.01)
         answers = []
         for reference in ready:
-            name, actor = self.asked.pop(reference)
+            name, asked_in, actor = self.asked.pop(reference)
+            current = asked_in == self.round  # else it was asked under the same name of an earlier policy
             try:
                 answer = self.ray.get(reference)
             except self.ray.exceptions.RayActorError as error:
-                self.deaths[name] += 1
-                if self.deaths[name] == MOST_DEATHS:
+                self.deaths[name] += current
+                if current and self.deaths[name] == MOST_DEATHS:
                     raise RuntimeError(f"{MOST_DEATHS} cache workers died over episode {name} ({error})") from error
                 actor = self.actor.remote(*self.args)
-                if name in self.wanted:
+                if current and name in self.wanted:
                     self.waiting.appendleft((name, self.wanted[name]))
             else:
-                if self.wanted.pop(name, None) is not None:
+                if current and self.wanted.pop(name, None) is not None:
                     answers.append((name, answer))
             self.idle.append(actor)
         self._ask()
@@ -159,6 +178,8 @@ def make_pool(args, run, policy, make_policy, draw):
     """
     if args.num_cache_workers == 0 or run.phase == "done":
         return NoPool(args, run, draw)
+    if not args.ray:  # processes with all cores each would wait for one another
+        args = dataclasses.replace(args, threads=max(1, available_cores() // (args.num_cache_workers + 1)))
     if args.checkpoint == "tiny":
         args = dataclasses.replace(args, checkpoint=str(run.folder / "cloned"))
     return CachePool(args, policy, make_policy, draw)
