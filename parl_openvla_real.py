@@ -48,7 +48,6 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.harness.cli import fail, parse_args, run_program, start_torch
 from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, in_parts
-from benchmarks.harness.pictures import finish
 from benchmarks.harness.runs import Run
 from benchmarks.vla import checkpoint as files
 from benchmarks.vla import robot
@@ -893,7 +892,7 @@ def main(argv: list[str] | None = None) -> None:
             run.count(episodes=1, env_steps=length, updates=num_distill + num_critic)
             run.log(metrics)
         pool.close()
-        finish(run, env, make_robot, act_optimized, policy, critic)
+        robot.finish_run(run, env, make_robot, act_optimized, policy, critic)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness.cli import RunArgs, fail
+from benchmarks.harness.pictures import finish
 from benchmarks.harness.rollouts import check_optional_parts, check_rewards, make_vector_env, succeeded
 from benchmarks.harness.runs import write_atomically
 from benchmarks.tasks import make_env
@@ -216,3 +217,34 @@ def get_episode(env, act, number: int, version: str, run) -> tuple[dict[str, np.
         episode, success = collect(env, act, run.args.seed * 100_003 + number, run)
     write_arrays(path, **episode, version=version, success=success)
     return episode, success
+
+
+def finish_run(run, env, make_robot, act, policy, critic) -> None:
+    """What the harness leaves of every run, and `filmstrip.png`: the first zero-shot and the last online episodes."""
+    finish(run, env, make_robot, act, policy, critic)
+    zero_shot, total = run.args.num_zero_shot, run.args.num_zero_shot + run.args.num_online_episodes
+    numbers = {n: "zero-shot" for n in range(min(3, zero_shot))} | {n: "online" for n in range(total)[zero_shot:][-3:]}
+    strips = [(f"{kind}, episode {n + 1}", read_episode(run, n)) for n, kind in numbers.items()]
+    draw_filmstrip(run.folder / "filmstrip.png", strips, run.args.critic_image)
+
+
+def draw_filmstrip(path: pathlib.Path, strips: list[tuple[str, dict]], critic_size: int, frames: int = 9) -> None:
+    """A row for each titled episode, as `read_episode` gives them: some of its images, from the first to the last."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = round(((strips[0][1]["obs"].shape[1] - 28) / 3 - critic_size**2) ** 0.5)
+    figure, axes = plt.subplots(len(strips), frames, figsize=(1.2 * frames, 1.4 * len(strips)), squeeze=False)
+    for row, (title, episode) in zip(axes, strips):
+        steps = np.linspace(0, len(episode["obs"]) - 1, frames).round().astype(int)
+        images = unpack(torch.as_tensor(episode["obs"][steps]), size, critic_size)[0]
+        for ax, image in zip(row, images):
+            ax.imshow(image.permute(1, 2, 0))
+            ax.set_axis_off()
+        how = "success" if episode["success"] else "failure"
+        row[0].set_title(f"{title}: {how} after {steps[-1]} steps", fontsize=8, loc="left", pad=2)
+    figure.tight_layout(pad=0.4)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+    plt.close(figure)
