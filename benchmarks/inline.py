@@ -5,7 +5,7 @@
 What comes out is the script's docstring, all imports, `Dataset`, each module of `benchmarks/harness/` that the script
 needs (and `benchmarks/cost.py`, which the harness needs) under a line with its name, and the script itself, unchanged
 but for its imports. It runs anywhere and needs nothing from this repository but two functions, imported in one line
-that says so: put your own in their place,
+that says so (a script that needs more of the repository, as OpenVLA's does, is refused): put your own in their place,
 
     make_env(env_id, **kwargs) -> a gymnasium.Env with vector observations and box actions
     load_dataset(env_id, path, size, source=...) -> a Dataset, as defined in that file
@@ -51,6 +51,9 @@ def read_script(name: str) -> tuple[pathlib.Path, str, ast.Module]:
     names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     if not {"Args", "main"} <= names or not imported(tree, HARNESS):
         fail(f"{name} is no script: it needs Args, main and an import of {HARNESS}")
+    for node in imported(tree, "benchmarks"):
+        if not any(belongs(node.module, package) for package in (*PASTED, TASKS)):
+            fail(f"{name} needs {node.module}, which is not pasted: carry the folder benchmarks/ with it")
     return path, source, tree
 
 

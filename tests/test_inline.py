@@ -14,7 +14,7 @@ from benchmarks import inline as inlining
 from benchmarks.inline import inline
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in ROOT.glob("parl_*.py") if "benchmarks.harness" in path.read_text())
+SCRIPTS = sorted(path.name for path in ROOT.glob("parl_*.py") if "benchmarks.vla" not in path.read_text())
 LINE = f"{inlining.REPLACE}\nfrom benchmarks.tasks import load_dataset, make_env\n"
 # Two functions of one's own: a point that is to come near the origin, and random trajectories of it.
 OWN = """
@@ -162,6 +162,8 @@ def test_modules_come_in_the_order_of_their_need(repository):
         ("benchmarks/harness/b.py", "from benchmarks.tasks.dataset import GONE\n\nTWO = GONE\n", ("GONE",)),
         ("s.py", "def main(:\n", ("s.py", "not Python")),
         ("s.py", "def main():\n    pass\n", ("s.py", "no script")),
+        ("s.py", "from benchmarks.harness.a import one\nfrom benchmarks.vla import robot\n\n\n"
+                 "class Args:\n    one = one\n\n\ndef main():\n    pass\n", ("s.py", "benchmarks.vla", "carry")),
     ],
 )  # fmt: skip
 def test_what_cannot_be_pasted_ends_in_one_line(repository, file, text, words):

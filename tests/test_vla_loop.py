@@ -548,7 +548,8 @@ def test_a_run_that_is_killed_in_every_phase_ends_with_the_same_numbers(tmp_path
     (folder,) = (tmp_path / "a").iterdir()
     for text in ("zero-shot: success", "cloned policy", "after offline RL", "after online RL", str(folder)):
         assert text in output
-    for name in ("summary.png", "filmstrip.png", "config.json", "metrics.csv", "cloned/model.safetensors", "episodes/00003.npz"):
+    pictures = "summary.png", "filmstrip.png"
+    for name in (*pictures, "config.json", "metrics.csv", "cloned/model.safetensors", "episodes/00003.npz"):
         assert (folder / name).stat().st_size > 0
     assert {row["phase"] for row in rows_of(folder)} == {"cloning", "offline", "online"}
     again, killed = None, start([*REAL, "--runs", str(tmp_path / "b")])
