@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.tasks import load_dataset, pointmaze
 from benchmarks.tasks.dataset import TaskError, cache_dir, one_at_a_time, verify, write_once
-from benchmarks.tasks.download import DownloadError, download
+from benchmarks.tasks.download import DownloadError, download, download_from
 
 CONTENT = os.urandom(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -298,3 +298,38 @@ def test_no_home_folder(tmp_path, monkeypatch):
         with pytest.raises(TaskError, match="set PARL_CACHE") as caught:
             load_dataset(env_id)
         assert "\n" not in str(caught.value)
+
+
+def test_addresses_are_tried_in_order_and_a_mirror_before_them(tmp_path, monkeypatch):
+    """The first that has the file; what another one began is not continued; a mirror is laid out as the cache."""
+    monkeypatch.setenv("PARL_CACHE", str(tmp_path))
+    monkeypatch.setenv("PARL_MIRROR", "")
+    path, dead = tmp_path / "ogbench" / "a b.npz", "http://127.0.0.1:9/a.npz"
+    with (
+        server(lambda handler, n: handler.send_error(404)) as (missing, asked),
+        server(lambda h, n: send(h)) as (good, got),
+    ):
+        path.parent.mkdir()
+        path.with_name("a b.npz.partial").write_bytes(b"of another server")
+        path.with_name("a b.npz.partial.json").write_text('{"version": "\\"v2\\""}')
+        assert download_from([dead, missing, good], path, SHA256) == SHA256 and path.read_bytes() == CONTENT
+        assert len(asked) == 1 and len(got) == 1
+        path.unlink()
+        with pytest.raises(DownloadError) as caught:
+            download_from([dead, missing], path)
+        message = str(caught.value)
+        assert dead in message and f"{missing}: HTTP 404" in message and "\n" not in message
+    paths = []
+    with server(lambda handler, n: (paths.append(handler.path), send(handler))) as (url, _):
+        monkeypatch.setenv("PARL_MIRROR", url.removesuffix("/file.hdf5") + "/")
+        assert download_from([dead], path, SHA256) == SHA256 and paths == ["/ogbench/a%20b.npz"]
+        path.unlink()
+        monkeypatch.setenv("PARL_MIRROR", (tmp_path / "copy").as_uri())
+        (tmp_path / "copy" / "ogbench").mkdir(parents=True)
+        (tmp_path / "copy" / "ogbench" / "a b.npz").write_bytes(CONTENT)
+        assert download_from([dead], path, SHA256) == SHA256 and len(paths) == 1
+        path.unlink()
+        (tmp_path / "copy" / "ogbench" / "a b.npz").write_bytes(CONTENT[:-1])
+        with pytest.raises(DownloadError, match="expected"):
+            download_from([dead], path, SHA256)
+    assert not path.exists()

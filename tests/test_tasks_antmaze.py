@@ -184,7 +184,7 @@ def test_the_jumps_of_a_download_are_told_once(tmp_path, monkeypatch, capfd):
     write_hdf5(tmp_path / "file.hdf5", arrays)
     content = (tmp_path / "file.hdf5").read_bytes()
     with server(lambda handler, n: send(handler, content)) as (url, _):
-        monkeypatch.setattr(antmaze, "URL", url + "/")
+        monkeypatch.setattr(antmaze, "URLS", (url,))
         load_dataset("antmaze-large-play-v2")
     assert capfd.readouterr().err.count("rows jump by more than") == 1
 
@@ -203,7 +203,7 @@ def test_a_published_file_is_downloaded_checked_and_kept(tmp_path, monkeypatch):
     write_hdf5(tmp_path / "file.hdf5", d4rl_arrays())
     content = (tmp_path / "file.hdf5").read_bytes()
     with server(lambda handler, n: send(handler, content)) as (url, ranges):
-        monkeypatch.setattr(antmaze, "URL", url + "/")
+        monkeypatch.setattr(antmaze, "URLS", (url,))
         first = load_dataset("antmaze-large-play-v2")
         again = load_dataset("antmaze-large-play-v2", source="download")
     assert len(ranges) == 1 and first.sha256 == again.sha256 and not first.local
@@ -216,7 +216,7 @@ def test_a_published_file_is_downloaded_checked_and_kept(tmp_path, monkeypatch):
 def test_what_is_no_hdf5_file_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("PARL_CACHE", str(tmp_path))
     with server(lambda handler, n: send(handler, b"<html>please log in</html>")) as (url, _):
-        monkeypatch.setattr(antmaze, "URL", url + "/")
+        monkeypatch.setattr(antmaze, "URLS", (url,))
         with pytest.raises(TaskError, match="not a readable HDF5"):
             load_dataset("antmaze-umaze-v2", source="download")
     assert not list(tmp_path.rglob("*.hdf5")) and not list(tmp_path.rglob("*.partial"))
@@ -267,7 +267,7 @@ def test_an_npz_of_the_six_arrays_will_do_too(tmp_path):
 
 def test_without_network_data_is_collected_with_a_notice(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PARL_CACHE", str(tmp_path))
-    monkeypatch.setattr(antmaze, "URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(antmaze, "URLS", ("http://127.0.0.1:9",))
     data = load_dataset("antmaze-umaze-v2", size=3000)
     notice = capfd.readouterr().err
     assert "LOCAL DATA for antmaze-umaze-v2" in notice and "refused" in notice and "collecting" in notice

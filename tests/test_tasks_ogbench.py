@@ -67,7 +67,7 @@ def test_ids_do_not_import_ogbench():
 
 
 def test_without_the_package_one_line_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(family, "download", lambda *args, **kwargs: pytest.fail("fetched in vain"))
+    monkeypatch.setattr(family, "download_from", lambda *args, **kwargs: pytest.fail("fetched in vain"))
     (tmp_path / "file.npz").touch()
     for name in [name for name in sys.modules if name.startswith("ogbench.")]:
         monkeypatch.delitem(sys.modules, name)  # as if nothing of it had ever been imported
@@ -284,7 +284,7 @@ def test_what_cannot_be_collected_says_what_to_pass(name, monkeypatch):
     def refuse(*args, **kwargs):
         raise DownloadError("cannot download it: no network")
 
-    monkeypatch.setattr(family, "download", refuse)
+    monkeypatch.setattr(family, "download_from", refuse)
     for source in "local", "auto":
         message = one_line(family.load_dataset, f"{name}-singletask-task1-v0", source=source)
         assert "--dataset-path" in message and f"ogbench/{name}-v0.npz" in message
@@ -295,14 +295,15 @@ def test_published_file_first_and_local_data_without_it(monkeypatch, capsys):
     env_id = "pointmaze-large-navigate-singletask-task4-v0"
     asked = []
 
-    def refuse(url, *args, **kwargs):
-        asked.append(url)
+    def refuse(urls, *args, **kwargs):
+        asked.extend(urls)
         raise DownloadError("cannot download it: no network")
 
-    monkeypatch.setattr(family, "download", refuse)
+    monkeypatch.setattr(family, "download_from", refuse)
     dataset = family.load_dataset(env_id, size=60)
     assert dataset.local and "no network" in capsys.readouterr().err
-    assert asked == ["https://rail.eecs.berkeley.edu/datasets/ogbench/pointmaze-large-navigate-v0.npz"]
+    file, copy = "pointmaze-large-navigate-v0.npz", "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets"
+    assert asked == [f"https://rail.eecs.berkeley.edu/datasets/ogbench/{file}", f"{copy}/resolve/main/{file}"]
     local = local_file(env_id, 60)
 
     def serve(url, path, sha256=None, check=None):
@@ -310,7 +311,7 @@ def test_published_file_first_and_local_data_without_it(monkeypatch, capsys):
         check(path)
         return "digest"
 
-    monkeypatch.setattr(family, "download", serve)
+    monkeypatch.setattr(family, "download_from", serve)
     published = family.load_dataset(env_id)
     assert not published.local and published.sha256 == "digest" and equal(published.rewards, dataset.rewards)
     assert "LOCAL" not in capsys.readouterr().err

@@ -37,14 +37,18 @@ from benchmarks.tasks.dataset import (
     verify,
     write_once,
 )
-from benchmarks.tasks.download import DownloadError, download
+from benchmarks.tasks.download import DownloadError, download_from
 from benchmarks.tasks.pointmaze import MAPS  # which are D4RL's
 
 ENV_IDS = tuple(
     f"antmaze-{name}-v2"
     for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 )
-URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2/"
+# D4RL's own server, which was down for weeks in 2026, and somebody's copy of its files on the hub
+URLS = (
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main",
+)
 FILES = {
     f"antmaze-{name}-v2": f"Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
     for name, maze, starts, goals in (
@@ -250,9 +254,8 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     if source != "local":
         try:
             with one_at_a_time(file):
-                digest = download(
-                    URL + FILES[env_id], file, SHA256.get(env_id), check=functools.partial(read_hdf5, quiet=True)
-                )
+                urls = [f"{url}/{FILES[env_id]}" for url in URLS]
+                digest = download_from(urls, file, SHA256.get(env_id), functools.partial(read_hdf5, quiet=True))
             return read_hdf5(file, digest)
         except DownloadError as error:
             if source == "download":

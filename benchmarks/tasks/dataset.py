@@ -56,7 +56,7 @@ class Dataset:
 def cache_dir() -> pathlib.Path:
     """Folder of downloaded and collected data: `$PARL_CACHE`, else `~/.cache/parl`."""
     if os.environ.get("PARL_CACHE"):
-        return pathlib.Path(os.environ["PARL_CACHE"])
+        return pathlib.Path(os.environ["PARL_CACHE"]).expanduser()
     return home() / ".cache" / "parl"
 
 

@@ -6,11 +6,12 @@ import os
 import pathlib
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 from tqdm import tqdm
 
-from benchmarks.tasks.dataset import TaskError, file_sha256, verify, write_note, writing_to_cache
+from benchmarks.tasks.dataset import TaskError, cache_dir, file_sha256, verify, write_note, writing_to_cache
 
 TIMEOUT = 20.0  # seconds without a byte after which a server counts as hanging
 ATTEMPTS = 4  # broken transfers in a row, each without progress, after which to give up
@@ -21,12 +22,32 @@ class DownloadError(TaskError):
     """The file cannot be had, and why."""
 
 
+def download_from(urls, path, sha256: str | None = None, check=None) -> str:
+    """`download` from the first of several addresses that has the file; before them `$PARL_MIRROR`, if that is set.
+
+    A mirror is a server, or `file:///folder`, that is laid out as the cache is: a copy of somebody's cache will do.
+
+    Raises:
+        DownloadError: none has it, and why not, in one line. TaskError as for `download`.
+    """
+    path, mirror = pathlib.Path(path), os.environ.get("PARL_MIRROR", "").rstrip("/")
+    if mirror and path.is_relative_to(cache_dir()):
+        urls = (f"{mirror}/{urllib.parse.quote(path.relative_to(cache_dir()).as_posix())}", *urls)
+    reasons = []
+    for url in urls:
+        try:
+            return download(url, path, sha256, check)
+        except DownloadError as error:
+            reasons.append(str(error))
+    raise DownloadError("; ".join(reasons))
+
+
 def download(url: str, path, sha256: str | None = None, check=None, timeout: float = TIMEOUT) -> str:
     """Fetch `url` into `path` unless that exists, and return the sha256 of its bytes.
 
     The bytes go to `<path>.partial`, which takes its final name only when it has the length the server announced, the
     sum `sha256` if one is given, and `check(partial)`, if given, raises no TaskError. A transfer that breaks is
-    continued where it stopped, in this call or a later one, as long as the server still has the same file (its ETag or
+    continued where it stopped, in this call or a later one, as long as the server has the same file (its ETag or
     Last-Modified). The sum is kept in a note for `dataset.verify`. A file that is there without a note, put there by
     hand, must have the sum and pass the check as well.
 

@@ -27,7 +27,7 @@ from benchmarks.tasks.dataset import (
     one_at_a_time,
     read_npz,
 )
-from benchmarks.tasks.download import DownloadError, download
+from benchmarks.tasks.download import DownloadError, download_from
 
 # The sub-tasks are those with which Minari's datasets were recorded (scripts/D4RL/kitchen/create_franka_dataset.py in
 # Farama-Foundation/minari-dataset-generation-scripts); they are D4RL's too.
@@ -207,7 +207,7 @@ def download_minari(env_id: str, folder: pathlib.Path) -> None:
         with one_at_a_time(folder):
             for name, check in (("metadata.json", _check_metadata), ("main_data.hdf5", _check_hdf5)):
                 url = f"{HUB}/{_minari_id(env_id).removeprefix('D4RL/')}/data/{name}"
-                download(url, folder / "data" / name, check=check)
+                download_from([url], folder / "data" / name, check=check)
     except DownloadError as error:
         raise TaskError(f"{error}; {_how_to_get(env_id)}") from error
 

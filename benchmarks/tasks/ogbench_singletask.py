@@ -44,9 +44,11 @@ from benchmarks.tasks.dataset import (
     verify,
     write_once,
 )
-from benchmarks.tasks.download import DownloadError, download
+from benchmarks.tasks.download import DownloadError, download_from
 
+# OGBench's own server, which was down for weeks in 2026, and somebody's copy of its files on the hub
 URL = "https://rail.eecs.berkeley.edu/datasets/ogbench"
+COPY = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets"
 DATASETS = {  # environment: the kinds of data that OGBench publishes
     **dict.fromkeys((f"pointmaze-{size}" for size in ("medium", "large", "giant", "teleport")), ("navigate", "stitch")),
     **dict.fromkeys((f"antmaze-{size}" for size in ("medium", "large", "teleport")), ("navigate", "stitch", "explore")),
@@ -270,7 +272,8 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         file = cache_dir() / "ogbench" / f"{name}.npz"
         try:
             with one_at_a_time(file):
-                digest = download(f"{URL}/{name}.npz", file, check=check_layout)
+                urls = f"{URL}/{name}.npz", f"{COPY}/resolve/main/{name}.npz"
+                digest = download_from(urls, file, check=check_layout)
             return read_ogbench(file, env_id, digest)
         except DownloadError as error:
             if source == "download":
