@@ -130,7 +130,7 @@ BOUNDS: dict[str, tuple] = {
     **dict.fromkeys(("log_every", "eval_episodes", "batch_size", "cloning_batch_size", "num_samples"), (1, 10**9)),
     **dict.fromkeys(("distill_every", "num_warmup_episodes"), (1, 10**9)), "target_subset": (1, "ensemble_size"),
     **dict.fromkeys(("policy_hidden", "policy_width", "policy_heads", "critic_hidden"), (1, 10**6)),
-    **dict.fromkeys(("policy_blocks", "policy_layers", "diffusion_steps", "ensemble_size"), (1, 10**4)),
+    **dict.fromkeys(("policy_blocks", "policy_layers", "diffusion_steps", "flow_steps", "ensemble_size"), (1, 10**4)),
     **dict.fromkeys(("policy_bins", "num_bins"), (2, 10**6)), "num_keep": (1, "num_samples"), "chunk": (1, 10**4),
     **dict.fromkeys(("policy_lr", "distill_lr", "critic_lr", "gradient_step_size", "cql_alpha"), RATE),
     **dict.fromkeys(("policy_ema", "target_tau", "mixing_ratio", "distill_after"), SHARE),
