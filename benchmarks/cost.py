@@ -91,7 +91,7 @@ def policy_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int, i
 
 
 def sampling_flops(args, obs_dim: int, action_dim: int, states: int, samples: int) -> int:
-    """So many samples at so many states: the denoising chain or Euler's path, or all tokens but the last, and the observation once."""
+    """So many samples at so many states: the observation once, all denoising or Euler steps, or all tokens but one."""
     if is_transformer(args):
         obs, token, head = transformer_layers(args, obs_dim)
         attention = 4 * args.policy_width * args.policy_layers
