@@ -288,6 +288,7 @@ DIFFUSION, OFFLINE = (
 )
 FLAGS = {
     calql: DIFFUSION + OFFLINE,
+    flow: DIFFUSION + OFFLINE,
     iql: [*DIFFUSION, *OFFLINE, "--distill-every", "10"],
     rlpd: [*DIFFUSION, "--num-warmup-episodes", "2"],
     transformer: "--policy-width 16 --policy-layers 1 --policy-heads 2 --policy-bins 32".split() + OFFLINE,
