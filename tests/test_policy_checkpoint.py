@@ -1,6 +1,7 @@
 """--policy-checkpoint: a run that starts from weights which somebody else cloned, and files that it refuses."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -109,18 +110,22 @@ def test_a_policy_of_another_size_is_told_by_names_and_shapes(cloned, tmp_path):
 
 
 class Code:
-    """A pickle that would run something when it is read."""
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, path):
+        self.path = path
 
     def __reduce__(self):
-        return exec, ("raise AssertionError('run')",)
+        return os.mkdir, (f"{self.path}.ran",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "write",
     [
         lambda path: path.write_text("weights"),
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(pickle.dumps(Code())),
+        lambda path: path.write_bytes(pickle.dumps(Code(path))),
         lambda path: torch.save({"modules": {"critic": {}}}, path),
         lambda path: torch.save(torch.zeros(3), path),
         lambda path: torch.save({"weight": 1.0}, path),
@@ -132,6 +137,7 @@ def test_a_file_that_holds_no_weights(write, tmp_path):
     path = tmp_path / "file.pt"
     write(path)
     assert "does not fit" in refused(tmp_path, "--policy-checkpoint", path)
+    assert [found.name for found in tmp_path.iterdir()] == ["file.pt"]
 
 
 def test_weights_that_are_no_numbers(cloned, tmp_path):
