@@ -45,7 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from benchmarks.harness.cli import RunArgs, parse_args, run_program
+from benchmarks.harness.cli import RunArgs, load_policy, parse_args, run_program
 from benchmarks.harness.datasets import distinct_states, set_up, trajectory_ends
 from benchmarks.harness.fast_critic import FrozenCritic, climb_winners, compiled, in_parts, sample_on_all_cores
 from benchmarks.harness.pictures import finish
@@ -74,6 +74,7 @@ class Args(RunArgs):
     policy_warmup: int = 2_000  # updates of warm-up
     distill_lr: float = 5e-5  # Adam, distilling: constant
     policy_ema: float = 0.002  # rate of the averaged copy of the policy, the one that is sampled
+    policy_checkpoint: str = ""  # instead of cloning: file of a cloned policy's weights, or a run's checkpoint.pt
     # critic
     ensemble_size: int = 10  # members of the critic
     target_subset: int = 2  # members whose minimum is the TD target, and members penalised: both drawn anew each update
@@ -620,6 +621,7 @@ def main(argv: list[str] | None = None) -> None:
     buffer = ReplayBuffer(dataset, args, device)
     sizes = args.diffusion_steps, args.policy_hidden, args.policy_blocks
     policy = DiffusionPolicy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout).to(device)
+    load_policy(policy, args)  # if there is a --policy-checkpoint
     ema_policy = copy.deepcopy(policy).requires_grad_(False).eval()  # the one that is sampled
     num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
     critic = Critic(obs_dim, action_dim, args.critic_hidden, args.ensemble_size, num_bins, q_min).to(device)

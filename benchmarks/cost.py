@@ -6,7 +6,7 @@ same counts. args are those of a script.
 
 import math
 
-TIME_DIM = 128  # features of a denoising step, as in `DiffusionPolicy`
+TIME_DIM = 128  # features of a denoising step or a time, as in `DiffusionPolicy` and `FlowPolicy`
 DAY = 24 * 3600.0
 # Of a state's candidates, where those that cannot win are left out (1 to 3.4 in benchmarks/climbing)
 USUALLY_CLIMB = 2.0
@@ -67,6 +67,15 @@ def is_transformer(args) -> bool:
     return hasattr(args, "policy_layers")
 
 
+def is_flow(args) -> bool:
+    return hasattr(args, "flow_steps")
+
+
+def policy_steps(args) -> int:
+    """Forward passes of a sample: denoising or Euler steps."""
+    return args.flow_steps if is_flow(args) else args.diffusion_steps
+
+
 def transformer_layers(args, obs_dim: int) -> tuple[int, int, int]:
     """One element: the observation's linear layer, all blocks without attention's products, and the head."""
     width = args.policy_width
@@ -74,7 +83,7 @@ def transformer_layers(args, obs_dim: int) -> tuple[int, int, int]:
 
 
 def policy_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int, int]:
-    """One forward pass: time's part (per denoising step), observation's (per state), action's and rest (per sample)."""
+    """One forward pass: time's part (per step), observation's (per state), action's and rest (per sample)."""
     width = args.policy_hidden
     time_part = 2 * (TIME_DIM * 2 * TIME_DIM + 2 * TIME_DIM * TIME_DIM + TIME_DIM * width)
     rest = 2 * (args.policy_blocks * 2 * width * 4 * width + width * action_dim)
@@ -82,7 +91,7 @@ def policy_layers(args, obs_dim: int, action_dim: int) -> tuple[int, int, int, i
 
 
 def sampling_flops(args, obs_dim: int, action_dim: int, states: int, samples: int) -> int:
-    """So many samples at so many states: the denoising chain, or all tokens but the last, and the observation once."""
+    """So many samples at so many states: the observation once, all denoising or Euler steps, or all tokens but one."""
     if is_transformer(args):
         obs, token, head = transformer_layers(args, obs_dim)
         attention = 4 * args.policy_width * args.policy_layers
@@ -90,20 +99,23 @@ def sampling_flops(args, obs_dim: int, action_dim: int, states: int, samples: in
         rest = (action_dim - 1) * (token + head) + attention * sum(range(2, action_dim + 1))
         return states * (first + samples * rest)
     time_part, obs, action, rest = policy_layers(args, obs_dim, action_dim)
-    return args.diffusion_steps * time_part + states * (obs + samples * args.diffusion_steps * (action + rest))
+    steps = policy_steps(args)
+    return steps * time_part + states * (obs + samples * steps * (action + rest))
 
 
 def policy_update_flops(args, obs_dim: int, action_dim: int, batch: int) -> int:
     """One cloning or distilling update: three forward passes, two for the parts of layer one whose input is data.
 
-    The time features have as many different values as there are denoising steps, so those are all that is needed.
+    The time features have as many different values as there are denoising steps, so those are all that is needed; of a
+    flow every row has a time of its own.
     """
     if is_transformer(args):
         obs, token, head = transformer_layers(args, obs_dim)
         attention = 4 * args.policy_width * args.policy_layers * action_dim * (action_dim + 1) // 2
         return batch * (2 * obs + 3 * (action_dim * (token + head) + attention))
     time_part, obs, action, rest = policy_layers(args, obs_dim, action_dim)
-    return 3 * min(args.diffusion_steps, batch) * time_part + batch * (2 * obs + 2 * action + 3 * rest)
+    times = batch if is_flow(args) else min(args.diffusion_steps, batch)
+    return 3 * times * time_part + batch * (2 * obs + 2 * action + 3 * rest)
 
 
 def acting_flops(args, obs_dim: int, action_dim: int, states: int, climbed=None) -> float:

@@ -18,9 +18,9 @@ script leaves out those that cannot become the best, how many stay is a matter o
 case is a process of its own: its peak memory and its time to the first update, imports included, are those of that case
 alone.
 
-A script can be measured if it has the functions and classes in NEEDED, with the arguments of the four scripts: a
-diffusion or a transformer policy, and the critic of Cal-QL, IQL or RLPD. Of each: cloning, drawing candidates, critic
-update, distilling, a whole round online (all but its episode), and acting, on one state and on as many as an
+A script can be measured if it has the functions and classes in NEEDED, with the arguments of the five scripts: a
+diffusion, a flow or a transformer policy, and the critic of Cal-QL, IQL or RLPD. Of each: cloning, drawing candidates,
+critic update, distilling, a whole round online (all but its episode), and acting, on one state and on as many as an
 evaluation has at a time. The transformer's candidates are drawn once more in the naive way, without its cache of keys
 and values and with the observation repeated for every sample.
 
@@ -137,8 +137,9 @@ def build(script, args, obs_dim: int, action_dim: int, device) -> SimpleNamespac
         sizes = args.policy_bins, args.policy_layers, args.policy_width, args.policy_heads
         policy = script.TransformerPolicy(obs_dim, action_dim, *sizes).to(device)
     else:
-        sizes = args.diffusion_steps, args.policy_hidden, args.policy_blocks
-        policy = script.DiffusionPolicy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout).to(device)
+        sizes = cost.policy_steps(args), args.policy_hidden, args.policy_blocks
+        Policy = script.FlowPolicy if cost.is_flow(args) else script.DiffusionPolicy
+        policy = Policy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout).to(device)
     num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
     critic = script.Critic(obs_dim, action_dim, args.critic_hidden, args.ensemble_size, num_bins, q_min).to(device)
     # IQL's value, which its critic_update takes before the optimizer

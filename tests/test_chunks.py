@@ -14,13 +14,14 @@ from test_end_to_end import Fork, assert_same_checkpoint, finish, rows_of
 import parl_diffusion_calql as calql
 import parl_diffusion_iql as iql
 import parl_diffusion_rlpd as rlpd
+import parl_flow_calql as flow
 import parl_transformer_calql as transformer
 from benchmarks import climbing, cost, distilling, precision, speed
 from benchmarks.harness import rollouts
 from benchmarks.tasks.dataset import Dataset
 
 OBS, ACT, GAMMA, BIAS = 3, 2, 0.9, -1.0
-SCRIPTS = (calql, iql, rlpd, transformer)
+SCRIPTS = (calql, flow, iql, rlpd, transformer)
 scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 CPU = torch.device("cpu")
 
@@ -287,6 +288,7 @@ DIFFUSION, OFFLINE = (
 )
 FLAGS = {
     calql: DIFFUSION + OFFLINE,
+    flow: DIFFUSION + OFFLINE,
     iql: [*DIFFUSION, *OFFLINE, "--distill-every", "10"],
     rlpd: [*DIFFUSION, "--num-warmup-episodes", "2"],
     transformer: "--policy-width 16 --policy-layers 1 --policy-heads 2 --policy-bins 32".split() + OFFLINE,

@@ -7,11 +7,12 @@ import pytest
 import parl_diffusion_calql
 import parl_diffusion_iql
 import parl_diffusion_rlpd
+import parl_flow_calql
 import parl_transformer_calql
 from benchmarks import cost
 from benchmarks.harness import runs
 
-SCRIPTS = [parl_diffusion_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql]
+SCRIPTS = [parl_diffusion_calql, parl_flow_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql]
 SIZES = 29, 8, 1_000_000, 1_000  # observation, action, states, steps of an episode: AntMaze's
 scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 
@@ -28,7 +29,7 @@ def test_each_phase_costs_what_its_parts_cost(script):
     twice = preset(script, "antmaze", num_cloning_steps=2 * args.num_cloning_steps)
     assert cost.phase_flops(twice, *SIZES)["cloning"] == 2 * flops["cloning"]
     update = cost.critic_update_flops(args, 29, 8, cost.USUALLY_CLIMB)
-    if script in (parl_diffusion_calql, parl_transformer_calql):
+    if script in (parl_diffusion_calql, parl_flow_calql, parl_transformer_calql):
         assert flops["offline"] == args.num_offline_steps * update
         assert flops["caching"] == cost.sampling_flops(args, 29, 8, 1_000_000, 32)
     elif script is parl_diffusion_iql:

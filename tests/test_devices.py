@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import parl_diffusion_calql
 import parl_diffusion_iql
 import parl_diffusion_rlpd
+import parl_flow_calql
 import parl_transformer_calql
 from benchmarks.harness import fast_critic
 from benchmarks.tasks.dataset import Dataset
 
-SCRIPTS = [parl_diffusion_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql]
+SCRIPTS = [parl_diffusion_calql, parl_flow_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql]
 scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 OBS, ACT, ROWS = 4, 2, 60
 OTHER = torch.device("lazy")  # a device that is not the CPU and whose tensors hold no data here
@@ -44,7 +45,8 @@ class Parts:
         def make_policy():
             if script is parl_transformer_calql:
                 return script.TransformerPolicy(OBS, ACT, 16, 1, 8, 2)
-            return script.DiffusionPolicy(OBS, ACT, 3, 8, 1, dropout=0.1)
+            Policy = script.FlowPolicy if script is parl_flow_calql else script.DiffusionPolicy
+            return Policy(OBS, ACT, 3, 8, 1, dropout=0.1)
 
         def make_critic(action_dim=ACT, members=args.ensemble_size, bins=8):
             critic = script.Critic(OBS, action_dim, (16, 16), members, bins, -10.0)

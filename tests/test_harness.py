@@ -17,12 +17,13 @@ import torch
 import parl_diffusion_calql as calql
 import parl_diffusion_iql
 import parl_diffusion_rlpd
+import parl_flow_calql
 import parl_transformer_calql
 from benchmarks.harness import cli, datasets, rollouts, runs
 from benchmarks.tasks import load_dataset, make_env
 from benchmarks.tasks.dataset import Dataset, write_npz
 
-SCRIPTS = (calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql)
+SCRIPTS = (calql, parl_flow_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql)
 TOY = (
     "--env-id pointmaze-umaze-v0 --dataset-size 300 --threads 1 --eval-episodes 2 --log-every 10 "
     "--num-cloning-steps 20 --num-offline-steps 20 --num-online-episodes 2 --num-offline-evals 2 --num-online-evals 1 "

@@ -12,6 +12,7 @@ import torch
 import parl_diffusion_calql
 import parl_diffusion_iql
 import parl_diffusion_rlpd
+import parl_flow_calql
 import parl_transformer_calql
 from benchmarks.tasks.dataset import Dataset
 
@@ -29,6 +30,7 @@ DIFFUSION = "--policy-hidden 8 --policy-blocks 1 --policy-dropout 0.5".split()
 CALQL, IQL, RLPD, TRANSFORMER = parl_diffusion_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql
 FLAGS = {
     CALQL: [*DIFFUSION, "--num-offline-steps", str(OFFLINE)],
+    parl_flow_calql: [*DIFFUSION, "--num-offline-steps", str(OFFLINE)],
     IQL: [*DIFFUSION, "--num-offline-steps", str(OFFLINE), "--distill-every", str(EVERY), "--distill-after", "0"],
     RLPD: [*DIFFUSION, "--num-warmup-episodes", "2"],
     TRANSFORMER: f"--policy-width 8 --policy-layers 1 --policy-heads 2 --num-offline-steps {OFFLINE}".split(),
@@ -135,9 +137,15 @@ class Notes:
         return {"training": policy.training, "who": policy, "n": num_samples}
 
 
+def policy_of(script):
+    """The class of the policy that a script has."""
+    (found,) = [getattr(script, name) for name in dir(script) if name.endswith("Policy")]
+    return found
+
+
 def play(script, tmp_path, *flags) -> Notes:
     """Run the script to its end at toy size, taking notes."""
-    notes, Policy = Notes(), getattr(script, "DiffusionPolicy", None) or script.TransformerPolicy
+    notes, Policy = Notes(), policy_of(script)
 
     class NotingRun(script.Run):
         def __init__(self, args, dataset, buffer, *rest, **modules):
@@ -503,7 +511,7 @@ def test_all_candidates_climb_where_one_is_drawn(played, script, flags):
     assert notes.of("optimize", inside="distill") and notes.of("optimize", inside="collect_episode")
 
 
-@pytest.mark.parametrize("script", [CALQL, TRANSFORMER, RLPD], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [CALQL, parl_flow_calql, TRANSFORMER, RLPD], ids=lambda script: script.__name__)
 @pytest.mark.parametrize("drawn", [False, True])
 def test_targets_are_of_the_best_action_or_of_a_drawn_one(played, script, drawn):
     """The release's greedy action, or section 4.3's draw from equation 4.3; of what is optimized at the next states."""

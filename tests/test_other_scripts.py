@@ -10,6 +10,7 @@ from test_end_to_end import FEW, Fork, assert_same_checkpoint, finish, phases_se
 
 import parl_diffusion_iql
 import parl_diffusion_rlpd
+import parl_flow_calql
 import parl_transformer_calql
 
 TOY = (
@@ -22,11 +23,13 @@ DIFFUSION = "--policy-hidden 16 --policy-blocks 1".split()
 OFFLINE = "--num-offline-steps 40 --num-offline-evals 2".split()
 SCRIPTS = {
     parl_transformer_calql: "--policy-width 16 --policy-layers 1 --policy-heads 2 --policy-bins 32".split() + OFFLINE,
+    parl_flow_calql: DIFFUSION + OFFLINE,
     parl_diffusion_iql: DIFFUSION + OFFLINE + ["--distill-every", "10"],
     parl_diffusion_rlpd: DIFFUSION + ["--num-warmup-episodes", "3", "--utd", "1.3"],
 }  # fmt: skip
 VARIANTS = [
     (parl_transformer_calql, "--critic-loss mse --distill-selection sample"),
+    (parl_flow_calql, "--flow-steps 1 --chunk 2 --policy-dropout 0.0 --critic-loss mse"),
     (parl_diffusion_iql, "--extraction idql"),
     (parl_diffusion_iql, "--critic-loss mse --refresh-every 0 --no-distill-data-actions --num-keep 1"),
     (parl_diffusion_iql, "--num-offline-steps 0 --num-offline-evals 0 --distill-ratio 0"),
@@ -104,6 +107,7 @@ def test_bad_flags(script, flags, words, tmp_path):
     [
         (parl_transformer_calql, "--policy-heads 3", "--policy-heads"),
         (parl_transformer_calql, "--policy-bins 1", "--policy-bins"),
+        (parl_flow_calql, "--flow-steps 0", "--flow-steps"),
         (parl_diffusion_iql, "--expectile 1.5", "--expectile"),
         (parl_diffusion_iql, "--distill-every 0", "--distill-every"),
         (parl_diffusion_rlpd, "--target-subset 11", "--target-subset"),

@@ -224,6 +224,7 @@ def test_distinct():
     ("name", "more"),
     [
         ("parl_diffusion_calql", ["offline critic update"]),
+        ("parl_flow_calql", ["offline critic update"]),
         ("parl_transformer_calql", ["caching, naively", "offline critic update"]),
         ("parl_diffusion_iql", ["offline critic update"]),
         ("parl_diffusion_rlpd", ["critic update"]),

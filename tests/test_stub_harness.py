@@ -10,6 +10,7 @@ import torch
 import parl_diffusion_calql
 import parl_diffusion_iql
 import parl_diffusion_rlpd
+import parl_flow_calql
 import parl_transformer_calql
 from benchmarks.harness.rollouts import evaluate
 
@@ -22,6 +23,7 @@ DIFFUSION = "--policy-hidden 8 --policy-blocks 1".split()
 OFFLINE = "--num-offline-steps 7 --num-offline-evals 2".split()
 FLAGS = {
     parl_diffusion_calql: DIFFUSION + OFFLINE,
+    parl_flow_calql: DIFFUSION + OFFLINE,
     parl_diffusion_iql: [*DIFFUSION, *OFFLINE, "--distill-every", "20"],
     parl_diffusion_rlpd: [*DIFFUSION, "--num-warmup-episodes", "2"],
     parl_transformer_calql: "--policy-width 8 --policy-layers 1 --policy-heads 2 --policy-bins 16".split() + OFFLINE,

@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import textwrap
 import traceback
 from dataclasses import dataclass
 from typing import Literal
@@ -83,18 +84,21 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
         below = presets[family] | presets["laptop"] if preset.startswith("laptop") else {}
         args = tyro.cli(args_class, args=argv, default=args_class(**below | presets[preset]))
         args.preset = preset
-    check_args(args)
-    for name in ("runs", "resume", "dataset_path"):  # config.json is read from other folders as well
-        if getattr(args, name):
+    for name in ("runs", "resume", "dataset_path", "policy_checkpoint"):  # config.json is read from other folders, too
+        if getattr(args, name, ""):
             setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
+    check_args(args)
+    if path := getattr(args, "policy_checkpoint", ""):
+        args.num_cloning_steps = 0  # somebody else took them
+        if not args.resume and not os.path.isfile(path):
+            fail(f"--policy-checkpoint {path}: there is no such file (a run's is the checkpoint.pt in its folder)")
     return args
 
 
 # What a resumed run may change: where things lie and how it is watched, not what is learned.
 FREE = {
     "track", "wandb_project", "capture_video", "checkpoint_seconds", "device", "threads", "eval_processes", "runs",
-    "dataset_path", "dataset_source", "compile", "serve", "serve_host", "ray", "num_cache_workers",
-}  # fmt: skip
+    "dataset_path", "dataset_source", "compile", "serve", "serve_host", "ray", "num_cache_workers"}  # fmt: skip
 
 
 def resumed_args(args_class, folder: str, argv: list[str] | None):
@@ -107,18 +111,27 @@ def resumed_args(args_class, folder: str, argv: list[str] | None):
     script = script_name(args_class())
     if config.pop("script", None) != script:
         fail(f"{folder} was made by another script; resume it with that one, not with {script}.py")
-    config = {name: value for name, value in config.items() if name not in ("provenance", "data")}
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("provenance", "data")}
     known = {field.name for field in dataclasses.fields(args_class)}
     if set(config) != known:
         fail(f"{folder} was made by another version of {script}.py (flags differ: {sorted(set(config) ^ known)})")
-    config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     saved = args_class(**config | {"resume": folder})
     args = tyro.cli(args_class, args=argv, default=saved)
     for name in sorted(known - FREE):
-        if getattr(args, name) != getattr(saved, name):
-            was = getattr(saved, name)
+        if getattr(args, name) != (was := getattr(saved, name)):
             fail(f"{folder} was started with {flag(name)} {was}; leave {flag(name)} out, or start a new run")
     return args
+
+
+def load_policy(policy, args) -> None:
+    """--policy-checkpoint: weights in place of cloning, a state dict's or those that a run's checkpoint.pt samples."""
+    if (path := args.policy_checkpoint) and not args.resume:  # a resumed run has its own
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            policy.load_state_dict(state["modules"]["ema_policy"] if "modules" in state else state)
+        except Exception as error:  # a damaged file can raise almost anything
+            found = textwrap.shorten(str(error), 500) if "state_dict" in str(error) else "no weights that can be read"
+            fail(f"--policy-checkpoint {path} does not fit this policy: {found}")
 
 
 STEPS, RATE, SHARE = (0, 10**9), (0.0, 1e38), (0.0, 1.0)
@@ -130,7 +143,7 @@ BOUNDS: dict[str, tuple] = {
     **dict.fromkeys(("log_every", "eval_episodes", "batch_size", "cloning_batch_size", "num_samples"), (1, 10**9)),
     **dict.fromkeys(("distill_every", "num_warmup_episodes"), (1, 10**9)), "target_subset": (1, "ensemble_size"),
     **dict.fromkeys(("policy_hidden", "policy_width", "policy_heads", "critic_hidden"), (1, 10**6)),
-    **dict.fromkeys(("policy_blocks", "policy_layers", "diffusion_steps", "ensemble_size"), (1, 10**4)),
+    **dict.fromkeys(("policy_blocks", "policy_layers", "diffusion_steps", "flow_steps", "ensemble_size"), (1, 10**4)),
     **dict.fromkeys(("policy_bins", "num_bins"), (2, 10**6)), "num_keep": (1, "num_samples"), "chunk": (1, 10**4),
     **dict.fromkeys(("policy_lr", "distill_lr", "critic_lr", "gradient_step_size", "cql_alpha"), RATE),
     **dict.fromkeys(("policy_ema", "target_tau", "mixing_ratio", "distill_after"), SHARE),
@@ -167,13 +180,8 @@ class Forgiving:
         self.stream = stream
 
     def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self._try(self.stream.write, text)
-
-    def flush(self):
-        self._try(self.stream.flush)
+        own = getattr(self.stream, name)
+        return (lambda *text: self._try(own, *text)) if name in ("write", "flush") else own
 
     def _try(self, function, *arguments):
         try:

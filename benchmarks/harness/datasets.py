@@ -40,8 +40,7 @@ def set_up(args, make_env, load_dataset):
     flags = {name: np.asarray(getattr(dataset, name)).astype(bool) for name in FLAGS}
     dataset = dataclasses.replace(dataset, **numbers | flags | {"actions": actions.astype(np.float32)})
     say_where_ends_differ(dataset)
-    longest = np.diff(trajectory_ends(dataset), prepend=0).max()
-    if getattr(args, "chunk", 1) > longest:
+    if getattr(args, "chunk", 1) > (longest := np.diff(trajectory_ends(dataset), prepend=0).max()):
         fail(f"--chunk {args.chunk} is longer than every trajectory of the dataset; the longest has {longest} steps")
     return device, env, envs, dataset
 
@@ -52,8 +51,7 @@ def check_environment(env, args) -> None:
         fail(f"the observation space is {env.observation_space}; this script takes a vector (a one-dimensional Box)")
     env.reset(seed=args.seed)
     obs, reward, *_ = env.step(np.zeros(env.action_space.shape, np.float32))
-    if np.shape(obs) != env.observation_space.shape or not np.isfinite(obs).all():
-        shape = env.observation_space.shape
+    if np.shape(obs) != (shape := env.observation_space.shape) or not np.isfinite(obs).all():
         fail(f"the first step of {args.env_id} gives the observation {obs}; it must be {shape} finite numbers")
     if np.ndim(reward) or not np.isfinite(reward):
         fail(f"the first step of {args.env_id} gives the reward {reward!r}; it must be one finite number")
@@ -71,45 +69,37 @@ def check_dataset(dataset, env, space, args) -> None:
             fail(f"the dataset's {name} have dtype {array.dtype}; they must be numbers ({dataset.source})")
         if array.shape != shape:
             fail(f"the dataset's {name} have shape {array.shape}; this environment needs {shape} ({dataset.source})")
-        if not np.isfinite(array).all():
-            row = int(np.flatnonzero(~np.isfinite(array.reshape(N, -1)).all(1))[0])
-            fail(f"the dataset's {name} hold NaN or infinity, first in row {row} ({dataset.source})")
-    for name in FLAGS:
-        if not np.isin(getattr(dataset, name), (0, 1)).all():
+        if len(rows := np.flatnonzero(~np.isfinite(array.reshape(N, -1)).all(1))):
+            fail(f"the dataset's {name} hold NaN or infinity, first in row {rows[0]} ({dataset.source})")
+        if name in FLAGS and not np.isin(array, (0, 1)).all():
             fail(f"the dataset's {name} hold values other than 0 and 1 ({dataset.source})")
     if args.reward_min == 0:
         fail(f"all rewards of the dataset are {dataset.rewards.min():.4g}; set --reward-min ({dataset.source})")
     check_rewards(dataset.rewards.min(), dataset.rewards.max(), args, dataset.source)
-    slack = 1e-3 * (space.high - space.low)
-    if (dataset.actions < space.low - slack).any() or (dataset.actions > space.high + slack).any():
-        low, high = dataset.actions.min(), dataset.actions.max()
-        fail(f"the dataset's actions span [{low:.3g}, {high:.3g}], beyond the action space [{space.low.min():.3g}, "
-             f"{space.high.max():.3g}] ({dataset.source})")  # fmt: skip
+    if (np.maximum(space.low - dataset.actions, dataset.actions - space.high) > 1e-3 * (space.high - space.low)).any():
+        fail(f"the dataset's actions span [{dataset.actions.min():.3g}, {dataset.actions.max():.3g}], beyond the "
+             f"action space [{space.low.min():.3g}, {space.high.max():.3g}] ({dataset.source})")  # fmt: skip
 
 
 def trajectory_ends(dataset) -> np.ndarray:
     """Index after the last row of each trajectory, in order: where a flag says so, or where the next row's observation
     is not this row's next one (to 1e-6 of the larger, or of 1). The dataset's end closes the last one.
     """
-    return np.flatnonzero(flagged(dataset) | jumps(dataset)) + 1
+    return np.flatnonzero(np.logical_or(*flags_and_jumps(dataset))) + 1
 
 
-def flagged(dataset) -> np.ndarray:
-    """Rows (N,) whose flags end a trajectory; the last one always does."""
-    return dataset.terminals | dataset.timeouts | (np.arange(len(dataset)) == len(dataset) - 1)
-
-
-def jumps(dataset) -> np.ndarray:
-    """Rows (N,) whose next observation is not the following row's observation."""
+def flags_and_jumps(dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (N,) whose flags end a trajectory (the last always does); whose next observation is not the next row's."""
     here, there = dataset.next_observations[:-1], dataset.observations[1:]
     apart = np.abs(here - there) > 1e-6 * np.maximum(1.0, np.maximum(np.abs(here), np.abs(there)))
-    return np.append(apart.any(1), False)
+    flagged = dataset.terminals | dataset.timeouts | (np.arange(len(dataset)) == len(dataset) - 1)
+    return flagged, np.append(apart.any(1), False)
 
 
 def say_where_ends_differ(dataset) -> None:
     """One line if the flags do not say where the trajectories end."""
-    unflagged = int((jumps(dataset) & ~flagged(dataset)).sum())
-    if unflagged:
+    flagged, jumps = flags_and_jumps(dataset)
+    if unflagged := int((jumps & ~flagged).sum()):
         timeouts = f"timeouts set in {int(dataset.timeouts.sum())}" if dataset.timeouts.any() else "timeouts all False"
         print(f"{dataset.source}: {timeouts}, {unflagged} jumps between rows that no flag marks; both end a trajectory")
 

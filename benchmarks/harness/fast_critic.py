@@ -161,6 +161,8 @@ def in_parts(function, *tensors, size: int = 4096):
 
 def sample_on_all_cores(policy, obs, num_samples: int):
     """`policy.sample(obs, num_samples)`: (B, O) -> (B, n, A). Its noise is drawn here, since the cores must not."""
+    if not hasattr(policy, "draw_noise"):  # a policy that has only `sample` and `loss`
+        return policy.sample(obs, num_samples)
     noise = policy.draw_noise(obs, num_samples)
     floats = num_samples * policy.width
     return over_states(lambda o, z: policy.sample(o, num_samples, z), obs, noise, floats_per_state=floats)
