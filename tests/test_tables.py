@@ -189,3 +189,17 @@ def test_the_tables_of_the_readmes_are_current():
         assert report.with_table(text, name, make(ROOT / "benchmarks/results"), file) == text, file
     with pytest.raises(SystemExit, match="lost the markers"):
         report.with_table("no markers", "scripts", "", "README.md")
+
+
+def test_a_suite_finds_the_runs_that_the_runner_made(tmp_path, capsys):
+    run = pytest.importorskip("benchmarks.run")
+    jobs, _ = run.jobs_of(run.Options(suite="critics", results=tmp_path))
+    for job in jobs[:-1]:
+        write_run(tmp_path / job.name / "a run", job.seed, script=job.script)
+        (tmp_path / job.name / "a run/summary.png").write_bytes(b"picture")
+    tables.write(report.Tables(tmp_path / "out", suite="critics", results=tmp_path))
+    said = capsys.readouterr().out
+    assert f"1 of {len(jobs)} runs are not finished" in said
+    assert all(f"| {job.label} | " in said for job in jobs)
+    with pytest.raises(SystemExit, match="holds no finished run of critics"):
+        tables.write(report.Tables(tmp_path / "out", suite="critics", results=tmp_path / "nowhere"))
