@@ -73,6 +73,9 @@ def entry_of(method: str, folder: pathlib.Path, episodes: int = 0) -> Entry:
     ]
     before = [row for row in evaluations if row["phase"] != "online"]
     after = [row for row in evaluations if row["phase"] == "online"]
+    planned = config.get("num_offline_steps", 0)
+    if planned and not any(row["phase"] == "offline" and row.get("step", planned) == planned for row in before):
+        fail(f"{folder} is not finished, it has no evaluation after its {planned} offline updates: --resume it")
     if not before or len(rates) < total or total and (not after or after[-1].get("step", total) < total):
         fail(
             f"{folder} is not finished, its metrics.csv ends after {len(rates)} of {total} online episodes: --resume it"

@@ -96,8 +96,10 @@ def test_the_three_numbers_of_a_run(tmp_path):
     assert (entry.offline, entry.online, entry.regret) == (50, 80, pytest.approx(1 / 3))
     entry = tables.entry_of("a", write_run(tmp_path / "rlpd", offline=None))  # no offline phase: the cloned policy
     assert (entry.offline, entry.online) == (10, 90)
-    entry = tables.entry_of("a", write_run(tmp_path / "offline", acted=()))
+    entry = tables.entry_of("a", write_run(tmp_path / "offline", acted=(), num_offline_steps=10))
     assert (entry.offline, entry.online, entry.regret) == (50, None, None)
+    tables.write(options(tmp_path / "out", [("a", tmp_path / "run"), ("b", tmp_path / "offline")]))  # one seed each
+    assert "| pointmaze-medium-v0 | 50.0 → 90.0 | 50.0 |" in (tmp_path / "out/table.md").read_text()
 
 
 def test_tables_curves_and_a_page(tmp_path):
@@ -148,6 +150,7 @@ def test_tables_curves_and_a_page(tmp_path):
         ([dict()], {"episodes": 1}, "the first is after 2"),
         ([dict()], {"episodes": -1}, "at least 0"),
         ([dict(num_online_episodes=6)], {}, "not finished"),
+        ([dict(num_offline_steps=20)], {}, "no evaluation after its 20 offline updates"),
         ([dict()], {"suite": "table1"}, "one of the two"),
     ],
 )
