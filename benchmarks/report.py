@@ -2,10 +2,14 @@
 
     python benchmarks/report.py keep benchmarks/results/quickstart --runs runs/pointmaze-medium-v0__*
     python benchmarks/report.py curves rlpd.png --runs "utd 10=runs/a" "utd 10=runs/b" "utd 1=runs/c" --over episodes
+    python -m benchmarks.report tables report/table1 --suite table1 --results results --html
+    python -m benchmarks.report readme
 
 `keep` copies each run's small files to OUT/seedN, writes OUT/results.json (command, commit, machine, seed and what was
 reached) and prints the table for the README. `curves` reads the runs' metrics.csv and config.json, or what `keep`
-copied: a thin line is one run, a thick one the mean of the runs that share a label.
+copied: a thin line is one run, a thick one the mean of the runs that share a label. `tables` compares methods over
+tasks and seeds, with intervals, curves and a page to open in a browser (benchmarks/tables.py). `readme` writes the
+numbers of the default task into the two READMEs, from results.json.
 """
 
 import csv
@@ -52,6 +56,27 @@ class Curves:
     title: str = ""
 
 
+@dataclass
+class Tables:
+    """Compare methods over tasks and seeds: tables with intervals, curves, and with --html one page of it all."""
+
+    out: tyro.conf.Positional[pathlib.Path]  # folder for table.md, table.csv, runs.csv, curves-*.png, index.html
+    suite: str = ""  # a table or figure of benchmarks/suites.py, whose runs are looked for in RESULTS
+    size: Literal["laptop", "paper"] = "laptop"  # of the suite
+    results: pathlib.Path = pathlib.Path("results")  # folder in which benchmarks.run made them
+    runs: tuple[str, ...] = ()  # instead of a suite: folders, each as METHOD=FOLDER, or FOLDER alone
+    episodes: int = 0  # count the first so many online episodes; 0: all that a run made
+    mix_sources: bool = False  # allow local and published data in one table
+    html: bool = False  # write index.html, with pictures, settings and commands
+
+
+@dataclass
+class Readme:
+    """Write the numbers of the default task into README.md and benchmarks/README.md, between their markers."""
+
+    root: pathlib.Path = pathlib.Path(__file__).resolve().parent.parent  # the checkout
+
+
 def fail(message: str):
     sys.exit(f"error: {message}")
 
@@ -64,13 +89,13 @@ def read_run(folder: pathlib.Path) -> tuple[dict, list[dict]]:
     config = json.loads((folder / "config.json").read_text())
     with open(folder / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("success_rate")]
-    numbers = [_numbers_of(row, folder) for row in rows]
+    numbers = [numbers_of(row, folder) for row in rows]
     if not numbers:
         fail(f"{folder} has no evaluation yet: let the run finish (--resume {folder})")
     return config, numbers
 
 
-def _numbers_of(row: dict, folder: pathlib.Path) -> dict:
+def numbers_of(row: dict, folder: pathlib.Path) -> dict:
     """A row of metrics.csv as numbers, by column, without its empty cells; its `phase` as text, maybe empty."""
     cells = {name: cell for name, cell in row.items() if name not in ("phase", None) and cell}
     try:
@@ -222,8 +247,83 @@ def curves(options: Curves) -> None:
     print(f"{options.out}: {sum(map(len, groups.values()))} runs")
 
 
-if __name__ == "__main__":
-    chosen = tyro.extras.subcommand_cli_from_dict({"keep": Keep, "curves": Curves}, description=__doc__)
-    if not chosen.runs:
+# --- THE TABLES OF THE READMES: generated, between markers, from results.json ---
+# Folder in benchmarks/results -> name, script, algorithm, where in the paper
+DEFAULT_TASK = {
+    "quickstart": ("diffusion, Cal-QL", "parl_diffusion_calql.py", "PA-RL + Cal-QL, diffusion policy",
+                   "algorithm 2, table 1"),
+    "transformer-calql": ("transformer, Cal-QL", "parl_transformer_calql.py",
+                          "PA-RL + Cal-QL, autoregressive transformer", "table 2, right"),
+    "diffusion-iql": ("diffusion, IQL", "parl_diffusion_iql.py", "PA-RL + IQL, diffusion policy", "table 2, middle"),
+    "diffusion-rlpd": ("diffusion, RLPD", "parl_diffusion_rlpd.py", "PA-RL + RLPD, diffusion policy: no offline phase",
+                       "table 2, left"),
+}  # fmt: skip
+
+
+def scripts_table(results: pathlib.Path) -> str:
+    """README.md's: a line for each script, with the means of the default task."""
+    lines = ["| script | algorithm | paper | default task: cloned, offline, online |", "|---|---|---|---|"]
+    for name, (_, script, algorithm, paper) in DEFAULT_TASK.items():
+        document = json.loads((results / name / "results.json").read_text())
+        rates = [document["mean"].get(label) for label in LABELS.values()]
+        text = ", ".join("none" if rate is None else f"{rate['success_rate']:.0%}".replace("%", " %") for rate in rates)
+        link = f"[{text} ({len(document['runs'])} seeds)](benchmarks/results/{name}/results.json)"
+        lines.append(f"| [{script}]({script}) | {algorithm} | {paper} | {link} |")
+    return "\n".join(lines)
+
+
+def default_task_table(results: pathlib.Path) -> str:
+    """benchmarks/README.md's: the same with intervals, and every seed."""
+    lines = ["| script | seeds | cloned | after offline RL | after online RL | time |", "|---|---|---|---|---|---|"]
+    for name, (short, *_) in DEFAULT_TASK.items():
+        document, cells = json.loads((results / name / "results.json").read_text()), []
+        for label in LABELS.values():
+            rates = [run[label]["success_rate"] for run in document["runs"] if label in run]
+            whole = document["mean"].get(label)
+            text = "" if whole is None else "**{:.0f} %** ({:.0f} to {:.0f}): ".format(
+                *(100 * whole[key] for key in ("success_rate", "low", "high")))  # fmt: skip
+            cells.append(text + ", ".join(f"{100 * rate:.0f}" for rate in rates))
+        seconds = [max(run[label]["seconds"] for label in LABELS.values() if label in run) for run in document["runs"]]
+        head = f"[{short}](results/{name}/results.json) | {len(document['runs'])}"
+        lines.append(f"| {head} | {' | '.join(cells)} | {min(seconds):.0f} to {max(seconds):.0f} s |")
+    return "\n".join(lines)
+
+
+GENERATED = {"README.md": ("scripts", scripts_table), "benchmarks/README.md": ("default task", default_task_table)}
+
+
+def with_table(text: str, name: str, table: str, file: str) -> str:
+    """A page with what stands between its two markers of this name replaced."""
+    begin, end = f"<!-- table: {name}, by python -m benchmarks.report readme -->", "<!-- end of table -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        fail(f"{file} has lost the markers of its table: put {begin} before it and {end} behind it")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def readme(options: Readme) -> None:
+    for file, (name, make) in GENERATED.items():
+        path = options.root / file
+        path.write_text(with_table(path.read_text(), name, make(options.root / "benchmarks/results"), file))
+        print(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    commands = {"keep": Keep, "curves": Curves, "tables": Tables, "readme": Readme}
+    chosen = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
+    if isinstance(chosen, Tables):
+        from benchmarks import tables  # takes scipy, which the others do without
+
+        tables.write(chosen)
+    elif isinstance(chosen, Readme):
+        readme(chosen)
+    elif not chosen.runs:
         fail("--runs names no run: pass at least one folder")
-    keep(chosen) if isinstance(chosen, Keep) else curves(chosen)
+    else:
+        keep(chosen) if isinstance(chosen, Keep) else curves(chosen)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # as a file, too, it finds `benchmarks`
+    main()
