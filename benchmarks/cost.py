@@ -161,8 +161,11 @@ def distinct(draws: int, population: int) -> int:
 
 def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: int) -> dict[str, float]:
     """A whole run, by phase. action_dim: of all steps of a chunk; num_states: distinct ones of the data; episode:
-    environment steps of one.
+    environment steps of one. Empty where the script's policy is one that is not known here.
     """
+    has_steps = is_flow(args) or hasattr(args, "diffusion_steps")
+    if not (is_transformer(args) or has_steps and hasattr(args, "policy_hidden") and hasattr(args, "policy_blocks")):
+        return {}
     sizes, best_only = (obs_dim, action_dim), args.greedy_rollouts and not args.climb_all and not args.plain
     climbed = min(args.num_keep, args.climb_first or USUALLY_CLIMB) if best_only else None
     flops = {"cloning": args.num_cloning_steps * policy_update_flops(args, *sizes, args.cloning_batch_size)}
