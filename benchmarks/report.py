@@ -252,6 +252,7 @@ def curves(options: Curves) -> None:
 DEFAULT_TASK = {
     "quickstart": ("diffusion, Cal-QL", "parl_diffusion_calql.py", "PA-RL + Cal-QL, diffusion policy",
                    "algorithm 2, table 1"),
+    "flow-calql": ("flow, Cal-QL", "parl_flow_calql.py", "PA-RL + Cal-QL, flow-matching policy", "not in the paper"),
     "transformer-calql": ("transformer, Cal-QL", "parl_transformer_calql.py",
                           "PA-RL + Cal-QL, autoregressive transformer", "table 2, right"),
     "diffusion-iql": ("diffusion, IQL", "parl_diffusion_iql.py", "PA-RL + IQL, diffusion policy", "table 2, middle"),
@@ -267,7 +268,8 @@ def scripts_table(results: pathlib.Path) -> str:
         document = json.loads((results / name / "results.json").read_text())
         rates = [document["mean"].get(label) for label in LABELS.values()]
         text = ", ".join("none" if rate is None else f"{rate['success_rate']:.0%}".replace("%", " %") for rate in rates)
-        link = f"[{text} ({len(document['runs'])} seeds)](benchmarks/results/{name}/results.json)"
+        seeds = f"{len(document['runs'])} seed{'s' * (len(document['runs']) > 1)}"
+        link = f"[{text} ({seeds})](benchmarks/results/{name}/results.json)"
         lines.append(f"| [{script}]({script}) | {algorithm} | {paper} | {link} |")
     return "\n".join(lines)
 
