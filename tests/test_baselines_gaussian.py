@@ -1,7 +1,12 @@
 """The Gaussian baselines: densities and losses against closed forms, loops by counting, runs stopped and resumed."""
 
+import json
 import math
+import pathlib
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -29,6 +34,11 @@ FLAGS = {
 baselines = pytest.mark.parametrize("script", BASELINES, ids=lambda script: script.__name__.split(".")[-1])
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def some_policy(obs_dim=3, action_dim=2, hidden=(16, 16)):
     """A policy whose mean and deviation depend on the observation."""
     policy = TanhGaussianPolicy(obs_dim, action_dim, hidden)
@@ -49,10 +59,10 @@ def test_log_probabilities_are_torchs():
 
 
 def test_the_density_integrates_to_one():
-    policy, obs = some_policy(action_dim=1), torch.randn(3, 3)
-    a = torch.linspace(-0.999, 0.999, 20_001)
-    density = torch.stack([policy.log_prob(obs, x.expand(3, 1)).exp() for x in a[::10]], 1)
-    torch.testing.assert_close(torch.trapezoid(density, a[::10]), torch.ones(3), rtol=0, atol=0.02)
+    policy, obs, a = some_policy(action_dim=1), torch.randn(3, 3), torch.linspace(-0.999, 0.999, 2_001)
+    torch.nn.init.constant_(policy.last.bias[1:], -1.0)  # narrow enough for nothing to lie beyond 0.999
+    density = policy.log_prob(obs.repeat_interleave(len(a), 0), a.repeat(3)[:, None]).exp().view(3, -1)
+    torch.testing.assert_close(torch.trapezoid(density, a), torch.ones(3), rtol=0, atol=0.01)
 
 
 def test_actions_at_the_bounds_have_finite_loss_and_gradient():
@@ -79,7 +89,6 @@ def test_samples_repeat_with_their_noise_and_are_the_draws():
 
 def test_cloning_finds_a_gaussian():
     """Data a = tanh(u), u normal with mean 0.5 s and deviation 0.3."""
-    torch.manual_seed(0)
     policy = TanhGaussianPolicy(1, 1, (16,))
     optimizer = torch.optim.Adam(policy.parameters(), 1e-2)
     for _ in range(600):
@@ -108,7 +117,6 @@ class Quadratic(torch.nn.Module):
 
 
 def test_the_actor_climbs_a_quadratic_to_its_top():
-    torch.manual_seed(0)
     policy, critic = TanhGaussianPolicy(1, 2, (16,)), Quadratic([0.4, -0.6], 5.0)
     log_temperature = torch.nn.Parameter(torch.tensor(-5.0))
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
@@ -134,7 +142,6 @@ def test_the_temperature_keeps_the_target_entropy():
 
     Its entropy is asked to be -1, so that the variance is exp(-3) / (2 pi) and alpha 0.79.
     """
-    torch.manual_seed(0)
     policy, critic = TanhGaussianPolicy(1, 1, (16,)), Quadratic([0.0], 50.0)
     log_temperature = torch.nn.Parameter(torch.tensor(0.0))
     optimizer = torch.optim.Adam([*policy.parameters(), log_temperature], 1e-2)
@@ -199,7 +206,6 @@ def test_below_the_bound_nothing_is_pushed():
 
 def test_the_logsumexp_estimates_the_integral():
     """Q = 0 everywhere: the integral of exp(Q) over [-1, 1]^2 is 4, by densities of any policy."""
-    torch.manual_seed(0)
     policy, n = some_policy(), 20_000
     actions, log_probs = policy.draw(torch.zeros(1, 3), n)
     critic = calql_gaussian.Critic(3, 2, (8,), 2, 1)
@@ -381,3 +387,20 @@ def test_variants_run(script, flags, tmp_path):
     script.main([*TOY, *FLAGS[script], *flags.split(), "--num-online-episodes", "1", "--runs", str(tmp_path)])
     (folder,) = tmp_path.iterdir()
     assert (folder / "summary.png").exists()
+
+
+def test_a_stopped_baseline_says_how_to_go_on(tmp_path):
+    """By `python -m`, since the file alone would not find the package."""
+    program = [sys.executable, "-m", "benchmarks.baselines.rlpd_gaussian"]
+    flags = [*TOY, *FLAGS[rlpd_gaussian], "--num-online-episodes", "1000", "--runs", str(tmp_path)]
+    root = pathlib.Path(__file__).parent.parent
+    process = subprocess.Popen([*program, *flags], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    line = process.communicate()[0].decode().strip().splitlines()[-1]
+    (folder,) = tmp_path.iterdir()
+    assert line.endswith(f"to continue: python -m benchmarks.baselines.rlpd_gaussian --resume {folder}")
+    command = json.loads((folder / "config.json").read_text())["provenance"]["command"]
+    assert command.startswith("python -m benchmarks.baselines.rlpd_gaussian --env-id pointmaze-umaze-v0")
