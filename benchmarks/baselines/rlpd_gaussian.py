@@ -221,8 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, dataset, buffer, policy=policy, temperature=temperature, policy_optimizer=policy_optimizer,
               critic=critic, target_critic=target_critic, critic_optimizer=critic_optimizer)  # fmt: skip
     with run:
-        # Phase 1: nothing is cloned; what random weights do is measured
-        for _ in run.steps("cloning", 0, envs, policy.mode):
+        # Phase 1: nothing is cloned
+        for _ in run.steps("cloning", 0):
             pass
 
         # Phase 2: episodes of random actions, so that every batch can be half online
