@@ -163,10 +163,11 @@ def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: i
     """A whole run, by phase. action_dim: of all steps of a chunk; num_states: distinct ones of the data; episode:
     environment steps of one.
 
-    Empty for a policy or a critic whose arithmetic is not counted here (of images, or somebody's own).
+    Empty for what is not counted here: a policy or a critic of images, somebody's own, a baseline's.
     """
     has_steps = is_flow(args) or hasattr(args, "diffusion_steps")
-    if not (is_transformer(args) or has_steps and hasattr(args, "policy_hidden") and hasattr(args, "policy_blocks")):
+    known = has_steps and hasattr(args, "policy_hidden") and hasattr(args, "policy_blocks")
+    if not (hasattr(args, "num_gradient_steps") and (known or is_transformer(args))):
         return {}
     sizes, best_only = (obs_dim, action_dim), args.greedy_rollouts and not args.climb_all and not args.plain
     climbed = min(args.num_keep, args.climb_first or USUALLY_CLIMB) if best_only else None

@@ -11,7 +11,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 SHARED = (
     "DIFFUSION POLICY", "CLONING", "CRITIC", "HL-GAUSS", "ACTION OPTIMIZATION", "CAL-QL", "DATA", "DISTILLATION",
 )  # fmt: skip
+# and these, each with a file that has it: what baselines share with a script or with each other
+BASELINES_SHARE = {
+    "IQL": "parl_diffusion_iql.py", "TANH-GAUSSIAN POLICY": "calql_gaussian.py", "SAC": "calql_gaussian.py",
+}  # fmt: skip
 OWN = {"Args", "critic_update", "main"}  # what each script has in its own words
+
+
+def all_sources() -> dict[str, str]:
+    """The text of every script and baseline by its name."""
+    paths = [*ROOT.glob("parl_*.py"), *(ROOT / "benchmarks/baselines").glob("[!_]*.py")]
+    return {path.name: path.read_text() for path in paths}
 
 
 def sections(source: str) -> dict[str, str]:
@@ -26,14 +36,14 @@ def drifted(sources: dict[str, str]) -> list[tuple[str, str, str]]:
     return [
         (name, a, b)
         for a, b in itertools.combinations(sorted(blocks), 2)
-        for name in SHARED
+        for name in (*SHARED, *BASELINES_SHARE)
         if name in blocks[a] and name in blocks[b] and blocks[a][name] != blocks[b][name]
     ]
 
 
 def test_shared_blocks_are_the_same_text():
-    sources = {path.name: path.read_text() for path in ROOT.glob("parl_*.py")}
-    assert drifted(sources) == []
+    sources = all_sources()
+    assert len(sources) >= 8 and drifted(sources) == []
 
 
 def definitions(source: str) -> dict[str, str]:
@@ -59,17 +69,22 @@ def different(sources: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def test_functions_of_one_name_are_the_same_text():
-    sources = {path.name: path.read_text() for path in ROOT.glob("parl_*.py")}
+    sources = all_sources()
     assert different(sources) == []
     source = sources["parl_diffusion_calql.py"]
     changed = source.replace("def td_target(target_critic, rewards", "def td_target(target_critic, reward_s")
     assert different({"a.py": source, "b.py": changed}) == [("td_target", "a.py", "b.py")]
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", (*SHARED, *BASELINES_SHARE))
 def test_the_scripts_have_the_sections_and_a_drift_is_named(name):
-    source = (ROOT / "parl_diffusion_calql.py").read_text()
+    source = all_sources()[BASELINES_SHARE.get(name, "parl_diffusion_calql.py")]
     block = sections(source)[name]
     assert len(block) > 200
     changed = source.replace(block, block.replace("return ", "return  ", 1))
     assert drifted({"a.py": source, "b.py": changed}) == [(name, "a.py", "b.py")]
+
+
+@pytest.mark.parametrize("name", BASELINES_SHARE)
+def test_what_baselines_share_stands_in_two_files(name):
+    assert sum(name in sections(source) for source in all_sources().values()) >= 2

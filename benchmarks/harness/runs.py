@@ -34,6 +34,8 @@ PROGRESS = ("phase", "step", "updates", "episodes", "env_steps", "seconds")  # c
 LABELS = {"cloning": "cloned policy", "offline": "after offline RL", "online": "after online RL"}  # of a phase's end
 SCORES = ("success_rate", "score", "return", "length")  # of an evaluation
 EPISODE = ("episode_success", "episode_length")  # of an online episode
+MODULE = getattr(sys.modules["__main__"].__spec__, "name", "")  # with python -m, by which baselines are run
+PROGRAM = ["-m", MODULE] if MODULE.startswith("benchmarks.") else []
 
 
 class Stopped(Exception):
@@ -56,9 +58,8 @@ class Run:
         """
         self.args, self.modules, self.buffer, self.stop_signal = args, modules, buffer, None
         self.progress = dict.fromkeys((*PROGRESS, "rows"), 0) | {"phase": PHASES[0], "seconds": 0.0, "evaluated": -1}
-        self.envs, self.handlers, self.seconds_of = None, {}, {}
+        self.data, self.envs, self.handlers, self.seconds_of = fingerprint(dataset), None, {}, {}
         self.device, self.local, self.results, self.curve = buffer.states.device, dataset.local, {}, []
-        self.data = fingerprint(dataset)
         self.folder = pathlib.Path(args.resume) if args.resume else self._make_folder()
         self.lock = lock(self.folder)
         try:
@@ -84,7 +85,7 @@ class Run:
         for part in (self.csv, self.writer, self.lock):
             part.close()
         close(self.envs)
-        again = "to continue: " + shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+        again = "to continue: " + shlex.join(["python", *(PROGRAM or sys.argv[:1]), "--resume", str(self.folder)])
         if kind is Stopped:
             print(f"\nstopped by {self.stop_signal.name}; {again}", flush=True)
             raise SystemExit(128 + self.stop_signal) from None
@@ -203,8 +204,7 @@ class Run:
         if not row.keys() <= set(self.columns):
             self.csv.close()
             with open(self.folder / "metrics.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
-            self._write_all(rows, row)
+                self._write_all(list(csv.DictReader(file)), row)
         csv.DictWriter(self.csv, self.columns).writerow(row)
         self.csv.flush()
 
@@ -333,7 +333,7 @@ def provenance() -> dict[str, str]:
         commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() or commit
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "command": shlex.join(["python", *sys.argv]), "commit": commit,
+        "command": shlex.join(["python", *(PROGRAM or sys.argv[:1]), *sys.argv[1:]]), "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, {platform.system()}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, gymnasium {gym.__version__}",
     }  # fmt: skip
