@@ -149,8 +149,10 @@ def distinct(draws: int, population: int) -> int:
 
 def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: int) -> dict[str, float]:
     """A whole run, by phase. action_dim: of all steps of a chunk; num_states: distinct ones of the data; episode:
-    environment steps of one.
+    environment steps of one. Empty for what is not counted here, a baseline's arithmetic.
     """
+    if not (hasattr(args, "num_gradient_steps") and (hasattr(args, "diffusion_steps") or is_transformer(args))):
+        return {}
     sizes, best_only = (obs_dim, action_dim), args.greedy_rollouts and not args.climb_all and not args.plain
     climbed = min(args.num_keep, args.climb_first or USUALLY_CLIMB) if best_only else None
     flops = {"cloning": args.num_cloning_steps * policy_update_flops(args, *sizes, args.cloning_batch_size)}
