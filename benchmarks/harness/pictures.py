@@ -52,7 +52,7 @@ def draw_summary(run, env, policy, critic) -> None:
     ax.legend(loc="center right")
     x, y, values = value_map(run.buffer.states, policy, critic, args.num_samples) if panels else (None, None, None)
     for ax, (label, result) in zip(maze_axes, panels):
-        mesh = ax.scatter(x, y, c=values, s=7, cmap="viridis", linewidths=0)
+        mesh = ax.scatter(x, y, c=values, s=7, cmap=critic and "viridis", linewidths=0)
         draw_maze(ax, env.unwrapped, maze)
         for path in result["trajectories"]:
             ax.plot(*path.numpy().T, color="white", lw=2.0, alpha=0.5)
