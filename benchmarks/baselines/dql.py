@@ -20,8 +20,8 @@ PA-RL app. B.2 offline, then online              | main: phases 1 / 2 / 3
 The first ten minutes: `denoise`, `actor_loss`, `critic_update` and `main`. Diffusion policy, critic, TD target and
 replay buffer are those of `parl_diffusion_calql.py`, imported: PA-RL's authors ran the baseline in the same code.
 
-PA-RL's appendix B.2 searched eta for each task: 11 for antmaze-large-diverse, 15 for large-play, 9 for medium-diverse, 7
-for medium-play, 0.005 for the kitchens; the presets have 11 and 0.005. It also picks the offline checkpoint of the
+PA-RL's appendix B.2 searched eta for each task: 11 for antmaze-large-diverse, 15 large-play, 9 medium-diverse, 7
+medium-play, 0.005 for the kitchens; the presets have 11 and 0.005. It also picks the offline checkpoint of the
 second lowest denoising loss, which is not done here: the last one goes on. Our choices: Q is the ensemble's mean for
 the policy and the minimum of `target_subset` members for the target, HL-Gauss as in PA-RL (`--critic-loss mse` is
 Wang's), 10 samples at s' of which the best is backed up on mazes (Wang's max-Q-backup on AntMaze). Wang trains both
