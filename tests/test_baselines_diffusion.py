@@ -139,9 +139,9 @@ def test_exactly_the_successful_episodes_are_kept():
     assert {round(a, 1) for a in actions[:, 2:].flatten().tolist()} == {0.1, 0.3, 0.5}
 
 
-@pytest.mark.parametrize("successes", [(False, False, False), (False, True, False)])
-def test_nothing_is_cloned_online_before_a_success(successes, tmp_path, monkeypatch):
+def test_nothing_is_cloned_online_before_a_success(tmp_path, monkeypatch):
     """Then after every episode, as often as its steps say."""
+    successes = False, True, False
     counts, outcomes = [], iter(successes)
 
     def collected(*args):
@@ -243,11 +243,10 @@ def test_dqls_target_by_hand(samples):
             noted.update(actions=actions, target_q=target_q)
             return torch.zeros(2, len(obs)), self(obs[:, :1]).mean()
 
-    online = Online(1, 1)
-    rows = torch.arange(4)
-    torch.manual_seed(3)
+    online, target, rows = Online(1, 1), Target(1, 1), torch.arange(4)
     optimizer = torch.optim.SGD(online.parameters(), 0.1)
-    dql.critic_update(online, Target(1, 1), policy, optimizer, buffer, rows, args)
+    torch.manual_seed(3)
+    dql.critic_update(online, target, policy, optimizer, buffer, rows, args)
     torch.manual_seed(3)
     total = policy.sample(buffer.states[buffer.next_index[rows]], samples).sum(-1)
     expected = buffer.rewards + 0.9 * buffer.masks * torch.minimum(total, 2 * total).max(1).values
@@ -367,12 +366,12 @@ def test_ppo_makes_rewarded_actions_likelier():
 
 
 # --- the programs ---
-@baselines
+@pytest.mark.parametrize("script", [cem_calql, dppo], ids=["cem_calql", "dppo"])
 def test_a_run_stopped_in_every_phase_ends_with_the_same_numbers(script, tmp_path, monkeypatch):
     flags = [*TOY, *FLAGS[script], "--seed", "3"]
     script.main([*flags, "--runs", str(tmp_path / "whole")])
     (reference,) = (tmp_path / "whole").iterdir()
-    phases = {"cloning", "offline", "online"} if script in (cem_calql, dql) else {"cloning", "online"}
+    phases = {"cloning", "offline", "online"} if script is cem_calql else {"cloning", "online"}
     original = Run.count
 
     def stop_in_each_phase(run, **done):  # as a signal would, at the second step of each
