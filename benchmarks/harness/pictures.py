@@ -12,7 +12,7 @@ from benchmarks.harness.runs import SCORES, write_atomically
 def finish(run, env, make_env, act, policy, critic) -> None:
     """The picture, the video if it was asked for, and the table of a run that has come to its end.
 
-    act: what is filmed, obs (B, O) -> actions (B, A). policy, critic: for the map of values.
+    act: what is filmed, obs (B, O) -> actions (B, A). policy, critic: for the map of values; no critic: no map.
     """
     draw_summary(run, env, policy, critic)
     if run.args.capture_video:
@@ -52,23 +52,23 @@ def draw_summary(run, env, policy, critic) -> None:
     ax.legend(loc="center right")
     x, y, values = value_map(run.buffer.states, policy, critic, args.num_samples) if panels else (None, None, None)
     for ax, (label, result) in zip(maze_axes, panels):
-        mesh = ax.scatter(x, y, c=values, s=7, cmap="viridis", linewidths=0)
+        mesh = ax.scatter(x, y, c=values, s=7, cmap=critic and "viridis", linewidths=0)
         draw_maze(ax, env.unwrapped, maze)
         for path in result["trajectories"]:
             ax.plot(*path.numpy().T, color="white", lw=2.0, alpha=0.5)
             ax.plot(*path.numpy().T, color="tab:red", lw=0.8)
         ax.set_title(f"{label}: {result['success_rate']:.0%}", fontsize=11)
-    if panels:
+    if panels and critic:
         figure.colorbar(mesh, ax=maze_axes, label="final critic: value of the best candidate", shrink=0.85)
     write_atomically(run.folder / "summary.png", lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
 
 
 def value_map(states, policy, critic, num_samples: int, count: int = 4000):
-    """x, y of states spread over the buffer, and Q of the best of the policy's samples at each."""
+    """x, y of states spread over the buffer, and Q of the best of the policy's samples at each, or grey."""
     states = states[torch.linspace(0, len(states) - 1, min(count, len(states)), device=states.device).long()]
-    q = FrozenCritic(critic)(states, sample_on_all_cores(policy, states, num_samples)).mean(0).amax(1)
-    return *states[:, :2].T.cpu().numpy(), q.cpu().numpy()
+    q = critic and FrozenCritic(critic)(states, sample_on_all_cores(policy, states, num_samples)).mean(0).amax(1)
+    return *states[:, :2].T.cpu().numpy(), "0.8" if q is None else q.cpu().numpy()
 
 
 def draw_maze(ax, env, maze) -> None:
