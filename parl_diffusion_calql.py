@@ -64,6 +64,7 @@ class Args(RunArgs):
     num_offline_steps: int = 1_000_000  # phase 2: updates of the critic; 0: no offline phase
     num_online_episodes: int = 1_000  # phase 3: episodes; 0: offline only
     # policy
+    chunk: int = 1  # steps of one decision, taken without looking; the policy's action holds all of them
     diffusion_steps: int = 5  # K, denoising steps
     policy_hidden: int = 256  # width of the policy's residual blocks (4 x inside)
     policy_blocks: int = 3  # residual blocks
@@ -451,17 +452,17 @@ def calql_loss(critic, obs, actions, target_q, mc_returns, current_actions, next
 def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -> dict[str, torch.Tensor]:
     """Algorithm 2, line 4: one update on the transitions `index` (B,), their candidates taken from the cache."""
     states = torch.cat([buffer.obs_index[index], buffer.next_index[index]])
-    data_actions = buffer.action_at[states] if args.target_data_actions else None  # at s' the one that came next
-    best = not args.sample_backup
-    optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, best, data_actions)
+    data_actions, best = buffer.data_actions(states), not args.sample_backup  # at s' the one that came next
+    known = data_actions if args.target_data_actions else None
+    optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, best, known)
     current_actions, next_actions = select_actions(optimized, q, best).chunk(2)
     obs, next_obs = buffer.states[states].chunk(2)
     td_members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
     cql_members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
     rewards, masks = buffer.rewards[index], buffer.masks[index]
-    target_q = td_target(target_critic, rewards, masks, next_obs, next_actions, args.discount, td_members)
+    target_q = td_target(target_critic, rewards, masks, next_obs, next_actions, args.discount**args.chunk, td_members)
     random_actions = torch.rand(len(index), args.cql_actions, optimized.shape[-1], device=obs.device) * 2 - 1
-    batch = critic, obs, buffer.actions[index], target_q, buffer.mc_returns[index], current_actions, next_actions
+    batch = critic, obs, data_actions[: len(index)], target_q, buffer.mc_returns[index], current_actions, next_actions
     loss, info = calql_loss(*batch, random_actions, args.cql_alpha, cql_members, args.hl_gauss_release_width)
     gradient_step(loss, optimizer, critic, target_critic, args.target_tau)
     return info
@@ -484,19 +485,40 @@ def monte_carlo_returns(rewards, terminals, ends, discount, failure=-math.inf, p
     return returns.astype(np.float32)
 
 
+def windows(rewards, terminals, ends, discount, chunk):
+    """The chunk of actions, taken one after the other without looking, that begins at each row; all returned are (N,).
+
+    One that a terminal ends early counts: nothing can come after, so that its other actions may be any (the last one,
+    repeated). One that a cut ends early (time limit, break) does not: nobody knows what the rest of it would have done.
+
+    rewards (N,) biased, terminals (N,), ends: index after the last row of each trajectory -> steps: how many were
+    taken; the sum of their gamma^i r_i; masks: 0 where a terminal ended them; whole: whether it counts.
+    """
+    lengths = np.diff(ends, prepend=0)
+    left = np.repeat(ends, lengths) - np.arange(len(rewards))  # rows to the trajectory's end
+    steps, terminal = np.minimum(left, chunk), np.repeat(terminals[ends - 1], lengths) & (left <= chunk)
+    total = np.zeros_like(rewards)
+    for i in range(steps.max()):
+        total[: len(total) - i] += np.where(steps[: len(total) - i] > i, discount**i * rewards[i:], 0)
+    return steps, total, 1 - terminal.astype(np.float32), terminal | (left >= chunk)
+
+
 class ReplayBuffer:
     """Offline transitions, then online ones, as tensors on the device.
 
     A state that ends one transition and begins the next is kept once, in `states`; transitions name states by index. Of
     each state there is `action_at`, the data's action there, NaN at a trajectory's last one, and `candidates`, the
     cache of appendix E, which `refresh_candidates` fills.
+
+    With --chunk a transition is a window of so many steps, and `starts` are the rows at which one begins. Of these
+    steps only the rewards are summed here; actions are gathered when asked for, returns are of the first step.
     """
 
     def __init__(self, dataset, args: Args, device):
         """dataset: checked arrays, with actions in [-1, 1]."""
         self.args, self.device, self.data = args, device, []  # a checkpoint keeps what came after the dataset
         self.add(dataset)
-        self.num_offline = len(self)
+        self.num_offline = len(self.starts)  # windows of the dataset, which come first
 
     def __len__(self):
         return len(self.rewards)
@@ -509,23 +531,36 @@ class ReplayBuffer:
         self.lowest = min(float(rewards.min()), self.lowest if online else 0.0)  # what a step of a failure is worth
         failure = self.lowest if args.sparse_reward and not (online and args.release_returns) else -math.inf
         mc_returns = monte_carlo_returns(rewards, data.terminals, ends, args.discount, failure, args.release_returns)
+        steps, rewards, masks, whole = windows(rewards, data.terminals, ends, args.discount, args.chunk)
         states, action_at, obs_index = distinct_states(data, ends)
-        obs_index += len(self.states) if online else 0
-        new = dict(states=states, action_at=action_at, obs_index=obs_index, next_index=obs_index + 1, rewards=rewards,
-                   actions=data.actions, mc_returns=mc_returns, masks=1 - data.terminals.astype(np.float32),
-                   candidates=np.zeros((len(states), args.num_samples, data.actions.shape[1]), np.float32))  # fmt: skip
+        last_index = np.arange(len(states))  # where the actions of a state's chunk end, of one that is cut at the NaN
+        last_index[obs_index] += steps - whole
+        first, starts = (len(self.states), len(self)) if online else (0, 0), np.flatnonzero(whole)
+        new = dict(states=states, action_at=action_at, last_index=last_index + first[0], obs_index=obs_index + first[0],
+                   next_index=obs_index + steps + first[0], starts=starts + first[1], mc_returns=mc_returns,
+                   rewards=rewards, masks=masks, candidates=np.zeros(
+                       (len(states), args.num_samples, args.chunk * data.actions.shape[1]), np.float32))  # fmt: skip
         for name, array in new.items():
             tensor = torch.as_tensor(array, device=self.device)
             setattr(self, name, torch.cat([getattr(self, name), tensor]) if online else tensor)
 
+    def data_actions(self, states) -> torch.Tensor:
+        """The data's action, a whole chunk, at each state (index (B,)): (B, A), NaN where none begins."""
+        steps = states[:, None] + torch.arange(self.args.chunk, device=self.device)
+        actions = self.action_at[torch.minimum(steps, self.last_index[states, None])].flatten(1)
+        return actions.masked_fill(actions.isnan().any(1, keepdim=True), math.nan)
+
     def sample_index(self, shape: tuple[int, int], mixed: bool = True) -> torch.Tensor:
-        """Row indices (updates, batch): mixing_ratio of each batch offline, the rest online; or uniform over all."""
-        if not mixed or len(self) == self.num_offline:
+        """Rows (updates, batch) that begin a window, mixing_ratio of them offline; not mixed: all rows alike."""
+        num_windows = len(self.starts)
+        if not mixed:
             return torch.randint(len(self), shape, device=self.device)
+        if num_windows == self.num_offline:
+            return self.starts[torch.randint(num_windows, shape, device=self.device)]
         num_offline = round(self.args.mixing_ratio * shape[1])
         offline = torch.randint(self.num_offline, (shape[0], num_offline), device=self.device)
-        online = torch.randint(self.num_offline, len(self), (shape[0], shape[1] - num_offline), device=self.device)
-        return torch.cat([offline, online], 1)
+        online = torch.randint(self.num_offline, num_windows, (shape[0], shape[1] - num_offline), device=self.device)
+        return self.starts[torch.cat([offline, online], 1)]
 
 
 def refresh_candidates(policy, buffer, states) -> None:
@@ -549,7 +584,7 @@ def distill(policy, ema_policy, optimizer, critic, buffer, num_updates, greedy, 
     """
     states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size), args.distill_mixed).flatten()]
     refresh_candidates(sampler or ema_policy, buffer, states)
-    data_actions = buffer.action_at[states] if args.distill_data_actions else None
+    data_actions = buffer.data_actions(states) if args.distill_data_actions else None
     optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, greedy, data_actions)
     targets = select_actions(optimized, q, greedy).view(num_updates, args.batch_size, -1)
     obs = buffer.states[states].view(num_updates, args.batch_size, -1)
@@ -581,7 +616,7 @@ def choose_greedy_distillation(args: Args, q_stds: list[float]) -> bool:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(Args, PRESETS, argv)
     device, env, envs, dataset = set_up(args, make_env, load_dataset)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    obs_dim, action_dim = env.observation_space.shape[0], args.chunk * env.action_space.shape[0]
     buffer = ReplayBuffer(dataset, args, device)
     sizes = args.diffusion_steps, args.policy_hidden, args.policy_blocks
     policy = DiffusionPolicy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout).to(device)
@@ -604,8 +639,8 @@ def main(argv: list[str] | None = None) -> None:
         # Phase 1: clone the data (algorithm 2, line 1)
         for step in run.steps("cloning", args.num_cloning_steps, envs, lambda obs: ema_policy.sample(obs, 1)[:, 0]):
             policy_optimizer.param_groups[0]["lr"] = cloning_lr(step, args)
-            rows = torch.randint(len(buffer), (args.cloning_batch_size,), device=device)
-            obs, actions = buffer.states[buffer.obs_index[rows]], buffer.actions[rows]
+            states = buffer.obs_index[buffer.sample_index((1, args.cloning_batch_size))[0]]
+            obs, actions = buffer.states[states], buffer.data_actions(states)
             loss = policy_update(policy, ema_policy, policy_optimizer, obs, actions, args.policy_ema)
             run.log({"policy_loss": loss}, every=args.log_every)
 

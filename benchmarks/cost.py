@@ -4,6 +4,8 @@ In floating-point operations, two for each multiply-add of the matrix products. 
 same counts. args are those of a script.
 """
 
+import math
+
 TIME_DIM = 128  # features of a denoising step, as in `DiffusionPolicy`
 DAY = 24 * 3600.0
 # Of a state's candidates, where those that cannot win are left out (1 to 3.4 in benchmarks/climbing)
@@ -146,7 +148,9 @@ def distinct(draws: int, population: int) -> int:
 
 
 def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: int) -> dict[str, float]:
-    """A whole run, by phase. num_states: distinct ones of the data; episode: environment steps of one."""
+    """A whole run, by phase. action_dim: of all steps of a chunk; num_states: distinct ones of the data; episode:
+    environment steps of one.
+    """
     sizes, best_only = (obs_dim, action_dim), args.greedy_rollouts and not args.climb_all and not args.plain
     climbed = min(args.num_keep, args.climb_first or USUALLY_CLIMB) if best_only else None
     flops = {"cloning": args.num_cloning_steps * policy_update_flops(args, *sizes, args.cloning_batch_size)}
@@ -160,7 +164,7 @@ def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: i
             flops["offline"] += rounds * distill_flops(args, *sizes, updates, num_states, climbed)
         else:
             flops["caching"] = sampling_flops(args, *sizes, num_states, args.num_samples)
-    acting = episode * acting_flops(args, *sizes, 1, climbed)
+    acting = math.ceil(episode / args.chunk) * acting_flops(args, *sizes, 1, climbed)
     flops["online"] = args.num_online_episodes * (acting + online_flops(args, *sizes, episode, num_states, climbed))
     return flops
 

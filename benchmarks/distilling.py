@@ -87,7 +87,7 @@ def load(options: Options):
     device, env, envs, dataset = set_up(args, script.make_env, script.load_dataset)
     state = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
     buffer = script.ReplayBuffer(dataset, args, device)
-    obs_dim, action_dim = buffer.states.shape[1], buffer.actions.shape[1]
+    obs_dim, action_dim = buffer.states.shape[1], buffer.candidates.shape[2]
     sizes = args.diffusion_steps, args.policy_hidden, args.policy_blocks
     policy = script.DiffusionPolicy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout).to(device)
     num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
@@ -103,7 +103,7 @@ def load(options: Options):
 
 
 def alone(policy):
-    """A policy as it is: obs (B, O) -> (B, A)."""
+    """A policy as it is: obs (B, O) -> (B, A), of all steps of a chunk."""
     return lambda obs: policy.sample(obs, 1)[:, 0]
 
 
@@ -188,9 +188,11 @@ def fine_tune(options: Options) -> list[dict]:
             episode, success = collect_episode(env, acts["ranked"], args.seed * 100_003 + done, run)
             first = len(buffer)
             buffer.add(episode)
-            obs, actions = buffer.states[buffer.obs_index[first:]], buffer.actions[first:, None]
-            taken.append(FrozenCritic(critic)(obs, actions).mean(0)[:, 0])
-            followed.append(buffer.mc_returns[first:])
+            begin = buffer.starts[buffer.starts >= first]
+            states_taken = buffer.obs_index[begin]
+            actions = buffer.data_actions(states_taken)[:, None]
+            taken.append(FrozenCritic(critic)(buffer.states[states_taken], actions).mean(0)[:, 0])
+            followed.append(buffer.mc_returns[begin])
             reached.append(success)
             num_distill, num_critic = round(len(episode) * args.distill_ratio), round(len(episode) * args.utd)
             if num_distill and done >= options.warmup:

@@ -88,8 +88,8 @@ def measure(folder: str, num_states: int, settings: str) -> list[dict]:
     )
     torch.set_num_threads(1)
     torch.manual_seed(run_args.seed)
-    index = torch.randperm(len(buffer))[:num_states]
-    obs, actions = buffer.states[buffer.obs_index[index]], buffer.actions[index]
+    index = buffer.starts[torch.randperm(len(buffer.starts))[:num_states]]
+    obs, actions = buffer.states[buffer.obs_index[index]], buffer.data_actions(buffer.obs_index[index])
     args = dataclasses.replace(run_args, climb_all=True, climb_first=0, **SETTINGS[settings])
     climb = args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0
     noise = average.draw_noise(obs, args.num_samples)

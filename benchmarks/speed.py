@@ -130,6 +130,7 @@ def build(script, args, obs_dim: int, action_dim: int, device) -> SimpleNamespac
     dataset = random_dataset(obs_dim, action_dim)
     buffer = script.ReplayBuffer(dataset, args, device)
     buffer.candidates.uniform_(-1, 1)
+    action_dim = buffer.candidates.shape[2]
     if cost.is_transformer(args):
         sizes = args.policy_bins, args.policy_layers, args.policy_width, args.policy_heads
         policy = script.TransformerPolicy(obs_dim, action_dim, *sizes).to(device)
@@ -156,9 +157,13 @@ def critic_step(script, net, args, rows) -> None:
 
 def clone_step(script, net, args, batch: int) -> None:
     buffer = net.buffer
-    rows = torch.randint(len(buffer), (batch,), device=buffer.actions.device)
-    obs, actions = buffer.states[buffer.obs_index[rows]], buffer.actions[rows]
-    script.policy_update(net.policy, net.ema_policy, net.policy_optimizer, obs, actions, args.policy_ema)
+    rows = buffer.sample_index((1, batch))[0]
+    states = buffer.obs_index[rows]
+    # another checkout (--against) may be older than chunks
+    actions = buffer.data_actions(states) if hasattr(buffer, "data_actions") else buffer.actions[rows]
+    script.policy_update(
+        net.policy, net.ema_policy, net.policy_optimizer, buffer.states[states], actions, args.policy_ema
+    )
 
 
 def distill_round(script, net, args, updates: int) -> None:
@@ -222,7 +227,8 @@ def phases(script, net, args, case: dict, steps: int) -> list[Phase]:
 
     steps: environment steps of a round online, and updates of a call of distilling.
     """
-    sizes, states = (case["obs_dim"], case["action_dim"]), net.buffer.states
+    states = net.buffer.states
+    sizes = states.shape[1], net.buffer.candidates.shape[2]
     cached = torch.arange(256 if states.device.type == "cpu" else 4096, device=states.device)
     few, at_once = states[: len(cached) // 4], evaluated_at_once(args)
     critic = "offline critic update" if hasattr(args, "num_offline_steps") else "critic update"

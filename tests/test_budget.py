@@ -9,7 +9,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("parl_*.py"))
-LONGEST = {"parl_transformer_calql.py": 670, "parl_openvla_real.py": 900}  # lines; of any other script 650
+# Lines of a script, of any other 690: 40 more than before `--chunk`, the windows of the buffer and their presets
+LONGEST = {"parl_transformer_calql.py": 710, "parl_openvla_real.py": 900}
 WIDEST = 120
 scripts = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -20,7 +21,7 @@ def num_lines(path) -> int:
 
 @scripts
 def test_a_script_is_read_in_one_sitting(name):
-    assert num_lines(ROOT / name) <= LONGEST.get(name, 650)
+    assert num_lines(ROOT / name) <= LONGEST.get(name, 690)
 
 
 def test_the_harness_stays_small():

@@ -68,7 +68,7 @@ def test_a_run_tells_after_two_seconds_and_a_few_steps(per_step, told_at, monkey
     monkeypatch.setattr(runs.tqdm, "write", lines.append)
     run = types.SimpleNamespace(
         args=preset(parl_diffusion_calql, "antmaze"), seconds_of={}, longest=1_000,
-        buffer=types.SimpleNamespace(states=FakeTensor(1000, 29), actions=FakeTensor(900, 8)),
+        buffer=types.SimpleNamespace(states=FakeTensor(1000, 29), candidates=FakeTensor(1000, 32, 8)),
     )  # fmt: skip
     began, told = 0.0, None
     for step in range(2100):

@@ -121,7 +121,6 @@ def test_iqls_critic_looks_at_the_datas_actions_only():
         torch.manual_seed(0)
         buffer, networks = make_buffer(iql, args), iql_networks(args)
         if changed is not None:
-            buffer.actions[changed] = -buffer.actions[changed]
             buffer.action_at[buffer.obs_index[changed]] *= -1
         results.append(iql.critic_update(*networks, buffer, index, args)["td_loss"])
     assert results[0] == results[1] != results[2]

@@ -70,7 +70,7 @@ class Parts:
         script, args, buffer = self.script, self.args, self.buffer
         pair, optimizer, metrics = (self.policy, self.ema_policy), self.policy_optimizer, {}
         rows = torch.randint(ROWS, (8,), device=self.device)
-        batch = buffer.states[buffer.obs_index[rows]], buffer.actions[rows]
+        batch = buffer.states[buffer.obs_index[rows]], buffer.data_actions(buffer.obs_index[rows])
         metrics["policy_loss"] = script.policy_update(*pair, optimizer, *batch, 0.002)
         script.refresh_candidates(self.ema_policy, buffer, torch.arange(len(buffer.states), device=self.device))
         for index in buffer.sample_index((2, args.batch_size)):

@@ -292,7 +292,7 @@ def test_critic_updates_take_the_transition_as_it_was(played, script):
     for update, loss in zip(updates, losses):
         rows, first = update["rows"], {IQL: 3}.get(script, 1)
         assert torch.equal(loss["args"][first], buffer.states[buffer.obs_index[rows]])
-        assert torch.equal(loss["args"][first + 1], buffer.actions[rows])
+        assert torch.equal(loss["args"][first + 1], buffer.action_at[buffer.obs_index[rows]])
         assert update["is_online"] == (0.5 if update["phase"] == "online" else 0)
     for update, target in zip(updates, notes.of("td_target")):
         rewards, masks, next_obs, next_actions, discount = target["args"][1:6]

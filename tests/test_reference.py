@@ -415,10 +415,12 @@ def test_critic_update(name, plain, monkeypatch):
         plain=plain,
     )  # fmt: skip
     index = torch.arange(B)
-    rows = {name: v[name] for name in ("actions", "rewards", "masks", "mc_returns")}
+    rows = {name: v[name] for name in ("rewards", "masks", "mc_returns")}
+    action_at = torch.cat([v["actions"], torch.full_like(v["actions"], torch.nan)])
     rows |= {"obs_index": index, "next_index": index + B}
     candidates = torch.cat([v["base_policy_actions_obs"], v["base_policy_actions_next_obs"]])
-    buffer = types.SimpleNamespace(states=torch.cat([v["obs"], v["next_obs"]]), candidates=candidates, **rows)
+    buffer = types.SimpleNamespace(states=torch.cat([v["obs"], v["next_obs"]]), candidates=candidates,
+                                   data_actions=action_at.__getitem__, **rows)  # fmt: skip
     draws = [torch.arange(E) if m is None else m for m in (td_members, cql_members)]  # in the order of use
     monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: draws.pop(0))
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: (v["cql.random_actions"] + 1) / 2)

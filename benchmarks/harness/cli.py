@@ -24,7 +24,7 @@ class RunArgs:
     """The flags of every run; a script's `Args` adds those of its algorithm."""
 
     env_id: str = "pointmaze-medium-v0"  # task, see benchmarks/tasks
-    preset: str = "auto"  # PRESETS of a task family, auto: by the task's name; laptop: the same for two CPU cores
+    preset: str = "auto"  # PRESETS of a task family, auto: by the task's name; laptop, laptop-chunk: for two CPU cores
     seed: int = 1  # seed of everything but the dataset
     device: str = "auto"  # auto: the GPU if there is one
     threads: int = 0  # CPU threads, 0: all cores this process may use
@@ -80,7 +80,7 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
         preset = family if given.preset == "auto" else given.preset
         if preset not in presets:
             fail(f"unknown --preset {preset!r}; there are {', '.join(presets)}")
-        below = presets[family] if preset == "laptop" else {}
+        below = presets[family] | presets["laptop"] if preset.startswith("laptop") else {}
         args = tyro.cli(args_class, args=argv, default=args_class(**below | presets[preset]))
         args.preset = preset
     check_args(args)
@@ -107,8 +107,7 @@ def resumed_args(args_class, folder: str, argv: list[str] | None):
     script = script_name(args_class())
     if config.pop("script", None) != script:
         fail(f"{folder} was made by another script; resume it with that one, not with {script}.py")
-    config.pop("provenance", None)
-    config.pop("data", None)
+    config = {name: value for name, value in config.items() if name not in ("provenance", "data")}
     known = {field.name for field in dataclasses.fields(args_class)}
     if set(config) != known:
         fail(f"{folder} was made by another version of {script}.py (flags differ: {sorted(set(config) ^ known)})")
@@ -132,7 +131,7 @@ BOUNDS: dict[str, tuple] = {
     **dict.fromkeys(("distill_every", "num_warmup_episodes"), (1, 10**9)), "target_subset": (1, "ensemble_size"),
     **dict.fromkeys(("policy_hidden", "policy_width", "policy_heads", "critic_hidden"), (1, 10**6)),
     **dict.fromkeys(("policy_blocks", "policy_layers", "diffusion_steps", "ensemble_size"), (1, 10**4)),
-    **dict.fromkeys(("policy_bins", "num_bins"), (2, 10**6)), "num_keep": (1, "num_samples"),
+    **dict.fromkeys(("policy_bins", "num_bins"), (2, 10**6)), "num_keep": (1, "num_samples"), "chunk": (1, 10**4),
     **dict.fromkeys(("policy_lr", "distill_lr", "critic_lr", "gradient_step_size", "cql_alpha"), RATE),
     **dict.fromkeys(("policy_ema", "target_tau", "mixing_ratio", "distill_after"), SHARE),
     **dict.fromkeys(("utd", "distill_ratio"), (0.0, 1e6)), "greedy_below_std": RATE, "expectile": (0.001, 0.999),

@@ -40,6 +40,9 @@ def set_up(args, make_env, load_dataset):
     flags = {name: np.asarray(getattr(dataset, name)).astype(bool) for name in FLAGS}
     dataset = dataclasses.replace(dataset, **numbers | flags | {"actions": actions.astype(np.float32)})
     say_where_ends_differ(dataset)
+    longest = np.diff(trajectory_ends(dataset), prepend=0).max()
+    if getattr(args, "chunk", 1) > longest:
+        fail(f"--chunk {args.chunk} is longer than every trajectory of the dataset; the longest has {longest} steps")
     return device, env, envs, dataset
 
 
@@ -118,8 +121,7 @@ def distinct_states(dataset, ends) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     index of each row's observation (N,). A row's next observation is the state behind it: within a trajectory, the next
     row's own.
     """
-    last = np.zeros(len(dataset), bool)
-    last[ends - 1] = True
+    last = np.isin(np.arange(len(dataset)), ends - 1)
     obs_index = np.arange(len(dataset)) + np.cumsum(last) - last  # a trajectory has one state more than it has rows
     states = np.zeros((len(dataset) + len(ends), dataset.observations.shape[1]), np.float32)
     states[obs_index + 1] = dataset.next_observations

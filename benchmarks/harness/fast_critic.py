@@ -29,10 +29,9 @@ class FrozenCritic:
 
     @torch.no_grad()
     def __init__(self, critic):
-        self.critic = critic
+        self.critic, E = critic, critic.ensemble_size
         centred = (lambda w: w - w.mean(-1, keepdim=True)) if critic.layer_norm else (lambda w: w.detach())
         self.weights, self.biases = [centred(w) for w in critic.weights], [centred(b) for b in critic.biases]
-        E = critic.ensemble_size
         self.head_weight, self.head_bias = critic.head_weight.expand(E, -1, -1), critic.head_bias.expand(E, -1, -1)
 
     def __call__(self, obs, actions):
@@ -41,8 +40,7 @@ class FrozenCritic:
 
     def mean_and_gradient(self, obs, actions):
         """Mean Q over the ensemble (B, n), and its gradient with respect to each action (B, n, A)."""
-        floats = actions.shape[1] * self.critic.width
-        return over_states(self._mean_and_gradient, obs, actions, floats_per_state=floats)
+        return over_states(self._mean_and_gradient, obs, actions, floats_per_state=actions.shape[1] * self.critic.width)
 
     @torch.no_grad()
     def _q(self, obs, actions):
@@ -93,8 +91,7 @@ class FrozenCritic:
 
     def _value_and_gradient(self, obs, actions, members):
         """Sums over the members: Q (B, n) and dQ/da (B, n, A)."""
-        B, n, A = actions.shape
-        saved = []
+        (B, n, A), saved = actions.shape, []
         q, probs = self._forward(obs, actions, members, saved)
         if probs is None:
             gradient = self.head_weight[members].transpose(1, 2).repeat(1, B * n, 1)
@@ -127,9 +124,8 @@ def climb_winners(local_optimization, q_and_gradient, critic, obs, actions, num_
     can_win = bound >= q.amax(1, keepdim=True)
     can_win &= q.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < num_climb
     index = can_win.nonzero(as_tuple=True)  # R pairs of a state and an action, each climbed as a state of its own
-    start = q[index][:, None], gradient[index][:, None]
-    places = critic, obs[index[0]], actions[index][:, None]
-    climbed, climbed_q = local_optimization(*places, num_steps, step_size, *rest, start)
+    places, start = (obs[index[0]], actions[index][:, None]), (q[index][:, None], gradient[index][:, None])
+    climbed, climbed_q = local_optimization(critic, *places, num_steps, step_size, *rest, start)
     return actions.index_put(index, climbed[:, 0]), q.index_put(index, climbed_q[:, 0])
 
 
@@ -144,8 +140,7 @@ def over_states(function, *tensors, floats_per_state, dim=0):
     """
     if tensors[0].device.type != "cpu" or len(tensors[0]) == 1 or torch.compiler.is_compiling():
         return function(*tensors)  # one state has all cores to itself
-    threads = torch.get_num_threads()
-    states, limit = len(tensors[0]), max(1, CACHE_FLOATS // floats_per_state)
+    threads, states, limit = torch.get_num_threads(), len(tensors[0]), max(1, CACHE_FLOATS // floats_per_state)
     rounds = max(1, math.ceil(states / (threads * limit)))
     chunk = max(1, math.ceil(states / (threads * rounds)))  # the same number of chunks for each thread
     parts = list(zip(*(tensor.split(chunk) for tensor in tensors)))

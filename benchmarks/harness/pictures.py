@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.harness.fast_critic import FrozenCritic, sample_on_all_cores
 from benchmarks.harness.rollouts import film
-from benchmarks.harness.runs import write_atomically
+from benchmarks.harness.runs import SCORES, write_atomically
 
 
 def finish(run, env, make_env, act, policy, critic) -> None:
@@ -24,8 +24,7 @@ def print_table(results: dict, folder) -> None:
     """What the policies reached, and where everything is."""
     print(f"\n{'':18}{'success rate':>14}{'score':>8}{'return':>10}{'length':>10}{'time':>8}")
     for label, r in results.items():
-        row = f"{label:18}{r['success_rate']:14.1%}{r['score']:8.1f}{r['return']:10.2f}{r['length']:10.1f}"
-        print(f"{row}{r['seconds']:6.0f} s")
+        print("{:18}{:14.1%}{:8.1f}{:10.2f}{:10.1f}{:6.0f} s".format(label, *(r[key] for key in (*SCORES, "seconds"))))
     print(f"\nall of it: {folder}/ with summary.png, metrics.csv, config.json, checkpoint.pt and TensorBoard's events")
 
 
@@ -67,8 +66,7 @@ def draw_summary(run, env, policy, critic) -> None:
 
 def value_map(states, policy, critic, num_samples: int, count: int = 4000):
     """x, y of states spread over the buffer, and Q of the best of the policy's samples at each."""
-    index = torch.linspace(0, len(states) - 1, min(count, len(states))).long()
-    states = states[index.to(states.device)]
+    states = states[torch.linspace(0, len(states) - 1, min(count, len(states)), device=states.device).long()]
     q = FrozenCritic(critic)(states, sample_on_all_cores(policy, states, num_samples)).mean(0).amax(1)
     return *states[:, :2].T.cpu().numpy(), q.cpu().numpy()
 

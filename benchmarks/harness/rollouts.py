@@ -40,17 +40,24 @@ def succeeded(info: dict):
     return info.get("success", info.get("is_success"))
 
 
-def collect_episode(env, act, seed: int, run) -> tuple[Dataset, bool]:
-    """One episode of `act` (obs (1, O) -> (1, A) in [-1, 1]): its transitions, and whether it reached the goal.
+def decide(act, obs, action_dim: int, run):
+    """What `act` (obs (B, O) -> a chunk of h actions each (B, h A)) is going to do in the next h steps: (h, B, A)."""
+    chunks = act(torch.as_tensor(obs, dtype=torch.float32, device=run.device)).cpu().numpy()
+    return chunks.reshape(len(obs), -1, action_dim).swapaxes(0, 1)
 
-    run: its device is where observations go; it is asked to stop between any two steps, and ends where the rewards do
-    not fit its flags.
+
+def collect_episode(env, act, seed: int, run) -> tuple[Dataset, bool]:
+    """One episode of `act` (obs (1, O) -> (1, h A) in [-1, 1]): its transitions, and whether it reached the goal.
+
+    Each chunk of h actions is taken to its end, or the episode's, without looking. run: its device is where
+    observations go; it is asked to stop between any two steps, and ends where the rewards do not fit its flags.
     """
     obs, info = env.reset(seed=seed % 2**32)
-    observations, actions, rewards, done, success = [obs], [], [], False, False
+    observations, actions, rewards, plan, done, success = [obs], [], [], [], False, False
     while not done:
         run.check_stop()
-        action = act(torch.as_tensor(obs, dtype=torch.float32, device=run.device)[None])[0].cpu().numpy()
+        plan = plan if len(plan) else decide(act, obs[None], len(env.action_space.low), run)[:, 0]
+        action, plan = plan[0], plan[1:]
         obs, reward, terminated, truncated, info = env.step(action)
         observations.append(obs)
         actions.append(action)
@@ -78,7 +85,7 @@ def evaluate(envs, act, run) -> dict:
     """Run `act` for args.eval_episodes episodes, as many at a time as there are environments, from the same starts.
 
     Returns success_rate in [0, 1], score (100 x success, or 25 x sub-tasks completed where a task counts them), return
-    (rewards with the bias, undiscounted), length (decisions), and the trajectories as a list of (steps + 1, O).
+    (rewards with the bias, undiscounted), length (steps), and the trajectories as a list of (steps + 1, O).
     """
     args, n, total, told = run.args, envs.num_envs, run.args.eval_episodes, False
     success, scores, returns, lengths = np.zeros(total, bool), np.zeros(total), np.zeros(total), np.zeros(total, int)
@@ -87,10 +94,12 @@ def evaluate(envs, act, run) -> dict:
         seeds = [(args.eval_seed + first + i) % 2**32 for i in range(n)]
         obs, _ = simulate(envs, lambda seeds=seeds: envs.reset(seed=seeds), run)
         episodes, active = first + np.arange(n), first + np.arange(n) < total
-        observations = [obs]
+        observations, plan = [obs], []
         while active.any():
             rows = np.flatnonzero(active)
-            actions[rows] = act(torch.as_tensor(obs[rows], dtype=torch.float32, device=run.device)).cpu().numpy()
+            if not len(plan):  # all episodes began together, so that their chunks end together as well
+                deciding, plan = rows, decide(act, obs[rows], actions.shape[1], run)
+            actions[deciding], plan = plan[0], plan[1:]
             obs, reward, terminated, truncated, info = simulate(envs, lambda: envs.step(actions), run)
             observations.append(obs)
             now, reached = episodes[rows], succeeded(info)

@@ -73,8 +73,7 @@ class Run:
         ends = trajectory_ends(dataset)
         self.longest = int(np.diff(ends, prepend=0).max())
         print(f"{args.env_id}: {len(dataset)} transitions in {len(ends)} trajectories ({dataset.source})")
-        threads = torch.get_num_threads()
-        print(f"preset {args.preset} on {self.device}, {threads} threads; everything goes to {self.folder}/")
+        print(f"preset {args.preset} on {self.device}, {torch.get_num_threads()} threads; all goes to {self.folder}/")
 
     def __enter__(self):
         return self
@@ -142,7 +141,7 @@ class Run:
         if steps == 0 or seconds < 2 or steps < 3 and seconds < 30 or phase in self.seconds_of:
             return began if steps else time.monotonic()
         self.seconds_of[phase] = seconds / steps * total
-        sizes = self.buffer.states.shape[1], self.buffer.actions.shape[1], len(self.buffer.states)
+        sizes = self.buffer.states.shape[1], self.buffer.candidates.shape[2], len(self.buffer.states)
         flops = phase_flops(self.args, *sizes, self.longest)
         if flops.get(phase):
             tqdm.write(forecast(flops, self.seconds_of, phase))
@@ -175,8 +174,7 @@ class Run:
             self.saved_at = -math.inf
 
         for name, handler in {"SIGINT": stop, "SIGTERM": stop, "SIGUSR1": stop, "SIGHUP": hang_up}.items():
-            if hasattr(signal, name):  # Windows has two of them
-                number = getattr(signal, name)
+            if number := getattr(signal, name, None):  # Windows has two of them
                 self.handlers[number] = signal.signal(number, handler)
 
     def log(self, metrics: dict, every: int = 1) -> None:
@@ -271,12 +269,11 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
-            same_data = state["data"] == self.data
             for episode in state["episodes"]:
                 self.buffer.add(Dataset(**{name: episode[name].numpy() for name in ARRAYS}))
         except Exception as error:  # a damaged file can raise almost anything
             fail(f"{path} cannot be read or does not fit this run ({str(error).splitlines()[0]})")
-        if not same_data:
+        if state["data"] != self.data:
             fail(f"{self.folder} was trained on another dataset than the one found; restore that, or start a new run")
         self.progress, self.results, self.curve = state["progress"], state["results"], state["curve"]
         torch.set_rng_state(state["rng"])
