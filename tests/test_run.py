@@ -1,0 +1,312 @@
+"""benchmarks/run.py: what is run, skipped, resumed and refused, with toy scripts; every suite against the real flags."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import run, suites
+from benchmarks.harness.runs import lock
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# What the suites name and the scripts do not have yet. A test tells when one is there: take it out then.
+AWAITED = {
+    "benchmarks/baselines/calql_gaussian.py", "benchmarks/baselines/rlpd_gaussian.py", "benchmarks/baselines/idql.py",
+    "benchmarks/baselines/dql.py", "benchmarks/baselines/dppo.py", "benchmarks/baselines/parl_gaussian_calql.py",
+    "benchmarks/baselines/cem_calql.py", "benchmarks/baselines/filtered_bc.py",
+    "--distill-from", "--base-policy-backup", "calvin",
+}  # fmt: skip
+
+# A script in small: it writes a run's folder, checkpoints, resumes, and does what its flag --how says at its third step
+TOY = """
+import argparse, csv, fcntl, json, os, pathlib, signal, sys, time
+
+if __name__ != "__main__":  # what the runner reads
+    from dataclasses import dataclass
+
+    from benchmarks.harness.cli import RunArgs
+
+    @dataclass
+    class Args(RunArgs):
+        steps: int = 5
+        pause: float = 0.0
+        how: str = ""
+
+    PRESETS = {"default": {}, "pointmaze": {}}
+else:
+    parser = argparse.ArgumentParser()
+    for name, kind in (("env-id", str), ("seed", int), ("runs", str), ("resume", str), ("threads", int)):
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--how", default="")
+    args = parser.parse_args()
+    if args.resume:
+        folder = pathlib.Path(args.resume)
+        for name, value in json.loads((folder / "config.json").read_text()).items():
+            setattr(args, name, value)
+    else:
+        folder = pathlib.Path(args.runs) / f"{args.env_id}__toy__{args.seed}__{os.getpid()}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(vars(args)))
+        (folder / "metrics.csv").write_text("phase,step,seconds,success_rate\\n")
+    held = open(folder / ".lock", "a")
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    checkpoint, stopped = folder / "checkpoint.pt", []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    print(f"cores {len(os.sched_getaffinity(0))}, threads {os.environ['OMP_NUM_THREADS']}")
+    for step in range(first, args.steps):
+        marked = folder.parent / "marked"
+        if step == 3 and args.how and not marked.exists():
+            marked.touch()
+            if args.how == "fails":
+                sys.exit("error: it went wrong")
+            os.kill(os.getpid() if args.how == "dies" else os.getppid(), signal.SIGKILL)
+            time.sleep(5)
+        if stopped:
+            sys.exit(128 + signal.SIGTERM)
+        time.sleep(args.pause)
+        with open(folder / "metrics.csv", "a") as file:
+            file.write(f"online,{step},{step / 10},{step / args.steps}\\n")
+        checkpoint.write_text(str(step + 1))
+    (folder / "summary.png").touch()
+"""
+
+
+@pytest.fixture()
+def toy(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(TOY)
+    yield path
+    run._loaded.pop(str(path), None)
+    run._variants.clear()
+    sys.modules.pop("toy", None)
+
+
+def options(toy, tmp_path, *flags, **more):
+    return run.Options(scripts=(str(toy),), flags=flags, results=tmp_path / "results", **more)
+
+
+def start(opts):
+    """The runs, and what became of them."""
+    jobs, _ = run.jobs_of(opts)
+    state = run.run_all(jobs, opts)
+    return [opts.results / job.name for job in jobs], state
+
+
+def steps_of(folder):
+    (metrics,) = folder.glob("*/metrics.csv")
+    return [line.split(",")[1] for line in metrics.read_text().splitlines()[1:]]
+
+
+def test_runs_fill_the_slots_and_are_skipped_when_finished(toy, tmp_path, capsys):
+    opts = options(toy, tmp_path, "pause=0.1", "how=", seeds=(1, 2, 3), slots=2) if False else None
+    opts = options(toy, tmp_path, "pause=0.1", seeds=(1, 2, 3), slots=2)
+    folders, state = start(opts)
+    assert len(state.finished) == 3 and not state.failed and state.skipped == 0
+    assert [steps_of(folder) for folder in folders] == [list("01234")] * 3
+    assert folders[0].name == "pointmaze-medium-v0__toy__pause=0.1__seed1"
+    assert "cores 1, threads 1" in (folders[0] / "log.txt").read_text()  # pinned
+    again = start(dataclasses.replace(opts, seeds=(1, 2, 3, 4)))[1]
+    assert (again.skipped, len(again.finished)) == (3, 4)
+    assert "finished: pointmaze-medium-v0__toy__pause=0.1__seed4, success 0.8" in capsys.readouterr().out
+    assert (folders[0] / "log.txt").read_text().count("\n+ ") == 1
+
+
+def test_a_flag_with_several_values_is_a_run_for_each_and_a_run_has_one_name(toy, tmp_path):
+    jobs, _ = run.jobs_of(options(toy, tmp_path, "steps=5,6", "pause=0.0,1"))
+    assert [(job.label, job.name.split("__")[2]) for job in jobs] == [
+        ("toy steps=5 pause=0.0", "preset"), ("toy steps=5 pause=1", "pause=1.0"),
+        ("toy steps=6 pause=0.0", "steps=6"), ("toy steps=6 pause=1", "pause=1.0,steps=6"),
+    ]  # fmt: skip
+    assert run.argv_of((("plain", "True"), ("compile", "no"), ("sparse-reward", "False"), ("x", "1 2"))) == (
+        "--plain --compile no --no-sparse-reward --x 1 2".split()
+    )
+    long = run.shortened("x" * 200)
+    assert len(long) == 169 and long != run.shortened("x" * 201)
+
+
+@pytest.mark.parametrize("how", ["dies", "fails"])
+def test_a_run_that_is_killed_goes_on_and_one_that_fails_is_listed(how, toy, tmp_path, capsys):
+    opts = options(toy, tmp_path, f"how={how}")
+    (folder,), state = start(opts)
+    log = (folder / "log.txt").read_text()
+    if how == "dies":
+        assert len(state.finished) == 1 and list(state.restarts.values()) == [1]
+        assert log.count("--resume") == 1 and steps_of(folder) == list("01234")
+    else:
+        assert list(state.failed.values()) == ["error: it went wrong"]
+        assert "failed: " in capsys.readouterr().out
+        assert len(start(opts)[1].finished) == 1  # the next call tries again, from its checkpoint
+        assert steps_of(folder) == list("01234")
+
+
+def test_no_more_restarts_than_allowed(toy, tmp_path):
+    (folder,), state = start(options(toy, tmp_path, "how=dies", restarts=0))
+    assert list(state.failed.values()) == ["ended by signal 9, 0 times resumed"]
+
+
+def test_an_interrupted_suite_continues_where_it_was(toy, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.run", "--scripts", str(toy), "--seeds", "1", "2", "--slots", "1",
+               "--flags", "pause=0.2", "--results", str(tmp_path / "results")]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = tmp_path / "results/pointmaze-medium-v0__toy__pause=0.2__seed1"
+    while not list(first.glob("*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 143 and "2 are to be done: the same command goes on" in output, output
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 of 2 runs finished (0 before), 0 failed" in done.stdout, done.stdout
+    assert steps_of(first) == list("01234") and (first / "log.txt").read_text().count("--resume") == 1
+
+
+def test_runs_stop_when_their_runner_dies(toy, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.run", "--scripts", str(toy), "--slots", "1",
+               "--flags", "pause=0.1", "steps=300", "--results", str(tmp_path / "results")]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("results/*/*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    (folder,) = tmp_path.glob("results/*/*/")
+    deadline = time.monotonic() + 10
+    while run.held(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(steps_of(folder.parent)) < 300
+
+
+def test_two_suites_share_a_folder_and_wait_for_each_other(toy, tmp_path):
+    """A job that another runner holds is not started twice; when that one has finished it, it counts as finished."""
+    opts = options(toy, tmp_path, slots=1)
+    (job,), _ = run.jobs_of(opts)
+    folder = opts.results / job.name
+    folder.mkdir(parents=True)
+    other, state = lock(folder), run.State([job])
+    assert not run.take(job, state, folder) and state.waiting == [job]
+    inner = folder / "a-run"
+    inner.mkdir()
+    (inner / "summary.png").touch()
+    other.close()
+    assert not run.take(job, state, folder) and state.finished == [job] and not state.waiting
+    assert not run.held(folder)
+
+
+def test_the_table_shows_what_runs(toy, tmp_path):
+    opts = options(toy, tmp_path)
+    (job,), _ = run.jobs_of(opts)
+    inner = opts.results / job.name / "a-run"
+    inner.mkdir(parents=True)
+    (inner / "metrics.csv").write_text("phase,step,seconds,success_rate\noffline,3,1.0,0.25\noffline,4,2.0,\n")
+    (inner.parent / "log.txt").write_text("a\n\rhalf 50%\rall 100%\r\n")
+    state, workers = run.State([], since={job: time.monotonic()}), run.Local(opts)
+    workers.running[job] = None
+    head, line, last = run.Table(state, workers, opts.results).lines()
+    assert line.split()[:4] == ["offline", "4", "25", "%"] and line.endswith(job.name)
+    assert last == "0 finished, 1 running, 0 waiting, 0 failed"
+    assert run.last_line(inner.parent / "log.txt") == "all 100%"
+
+
+# --- RAY ---
+@pytest.mark.parametrize("how", ["kills its worker"])
+def test_ray_resumes_what_a_dead_worker_left(how, toy, tmp_path, monkeypatch):
+    """On Ray: two runs, one of which kills with SIGKILL the worker that started it, and one that fails."""
+    pytest.importorskip("ray")
+    for name in ("RAY_raylet_start_wait_time_s", "RAY_gcs_rpc_server_reconnect_timeout_s"):
+        monkeypatch.setenv(name, "120")  # a busy machine starts it slowly
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    opts = options(toy, tmp_path, "how=fails,kills", ray="local", slots=2)
+    folders, state = start(opts)
+    failed, killed = folders
+    assert [job.name for job in state.finished] == [killed.name]
+    assert list(state.failed.values()) == ["error: it went wrong"]
+    assert list(state.restarts.values()) == [1] and steps_of(killed) == list("01234")
+    assert (killed / "log.txt").read_text().count("--resume") == 1
+
+
+def test_without_ray_there_is_one_line(toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match="pip install -r requirements-cluster.txt"):
+        start(options(toy, tmp_path, ray="local"))
+
+
+# --- SUITES ---
+@pytest.mark.parametrize("size", ["laptop", "paper"])
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_every_suite_parses_against_the_real_flags(name, size):
+    jobs, missing = run.jobs_of(run.Options(suite=name, size=size))  # parses each
+    names = [word.rstrip(",") for line in missing for word in line.split()]
+    absent = {word for word in names if word.startswith(("--", "benchmarks/")) or word == "calvin"}
+    assert absent <= AWAITED and bool(missing) == bool(absent)
+    assert jobs or missing
+    for job in jobs:
+        assert job.name == run.Job("x", job.script, job.task, job.seed, job.flags).name
+
+
+def test_what_is_awaited_is_not_there():
+    for name in AWAITED:
+        if name.endswith(".py"):
+            assert not (ROOT / name).is_file(), f"{name} is there: take it out of AWAITED"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--suite table9", ("table9", "table1, ")),
+        ("--suite table4 --tasks pointmaze-mediun-v0", ("pointmaze-mediun-v0", "did you mean pointmaze-medium-v0")),
+        ("--suite table4 --only nothing", ("nothing",)),
+        ("--suite table4 --scripts parl_diffusion_calql.py", ("one of the two",)),
+        ("--scripts nowhere.py", ("no script nowhere.py",)),
+        ("--scripts tests/conftest.py", ("is no script",)),
+        ("--scripts parl_diffusion_calql.py --flags num-sample=4", ("no --num-sample",)),
+        ("--scripts parl_diffusion_calql.py --flags num-samples", ("name=value",)),
+        ("--scripts parl_diffusion_calql.py --flags num-samples=many", ("--num-samples", "many")),
+        ("--scripts parl_diffusion_calql.py --flags num-keep=9", ("--num-keep 9", "at most --num-samples (8)")),
+        ("--scripts parl_diffusion_calql.py --slots -1", ("--slots",)),
+        ("--scripts parl_diffusion_calql.py --slots 99999", ("--slots",)),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(flags, words, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run.main([*flags.split(), "--results", str(tmp_path / "results")])
+    message = str(stopped.value)
+    assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_dry_run_tells_commands_time_and_disk(tmp_path, capsys):
+    run.main(["--suite", "table4", "--dry-run", "--results", str(tmp_path / "r"), "--slots", "2", "--only", "local"])
+    out = capsys.readouterr().out
+    command = "python parl_diffusion_calql.py --env-id pointmaze-medium-v0 --seed 1 --num-gradient-steps 0 --runs "
+    assert out.startswith(command) and "by arithmetic, at this machine's rate" in out
+    assert "5 runs to do, 0 finished; " in out and "on 2 slots of 1 thread" in out and not (tmp_path / "r").exists()
+
+
+def test_a_finished_run_tells_what_the_next_will_take(toy, tmp_path, capsys):
+    start(options(toy, tmp_path))
+    capsys.readouterr()
+    common = ["--scripts", str(toy), "--results", str(tmp_path / "results"), "--dry-run"]
+    run.main([*common, "--seeds", "1", "2"])
+    out = capsys.readouterr().out
+    assert "as 1 finished" in out and "1 runs to do, 1 finished" in out and out.count("python ") == 1
+    run.main([*common, "--flags", "steps=7"])
+    assert "unknown until one has run" in capsys.readouterr().out
+
+
+def test_what_a_job_is_run_with(tmp_path):
+    job = run.Job("IDQL", "benchmarks/baselines/idql.py", "pointmaze-medium-v0", 3, (("num-samples", "4"),))
+    command = run.command_of(job, tmp_path, 2)
+    assert command[1:3] == ["-m", "benchmarks.baselines.idql"] and command[-2:] == ["--threads", "2"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/checkpoint.pt").touch()
+    assert run.command_of(job, tmp_path, 2)[3:5] == ["--resume", str(tmp_path / "a")]
+    assert os.path.isabs(run.command_of(dataclasses.replace(job, script="parl_diffusion_iql.py"), tmp_path, 1)[1])
