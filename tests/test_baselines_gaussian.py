@@ -217,6 +217,50 @@ def test_the_logsumexp_estimates_the_integral():
     assert info["cql_loss"].item() == pytest.approx(math.log(4), abs=0.1)
 
 
+@pytest.mark.parametrize("max_backup", [False, True])
+def test_calqls_update_draws_at_s_and_s_and_backs_up_one_or_the_best(max_backup, monkeypatch):
+    """States 0, 1, 2, of which a policy draws 0.1 and 0.2 more than the state's number; Q is twice the action."""
+    seen = {}
+
+    class Policy:
+        def draw(self, obs, n):
+            return obs[:, None] + torch.tensor([[[0.1], [0.2]]]), (10 * obs).expand(-1, n)
+
+    class Buffer:
+        obs_index, next_index = torch.tensor([0, 1]), torch.tensor([1, 2])
+        states, rewards, masks = torch.arange(3.0)[:, None], torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 0.0])
+        mc_returns = torch.tensor([-7.0, -8.0])
+
+        def data_actions(self, states):
+            return 100.0 + states[:, None]
+
+    def critic(obs, actions, members=None):
+        return torch.stack([2 * actions[..., 0]])
+
+    def note(critic, obs, actions, target_q, mc_returns, policy_actions, log_probs, random_actions, *settings):
+        seen.update(locals())
+        return torch.zeros(()), {}
+
+    monkeypatch.setattr(calql_gaussian, "calql_gaussian_loss", note)
+    monkeypatch.setattr(calql_gaussian, "gradient_step", lambda *_: None)
+    args = calql_gaussian.Args(
+        ensemble_size=1, target_subset=1, discount=0.5, cql_actions=2, max_backup=max_backup, importance=False
+    )
+    index = torch.tensor([0, 1])
+    calql_gaussian.critic_update(critic, critic, Policy(), None, Buffer(), index, args)
+    next_action = 1.2 if max_backup else 1.1
+    torch.testing.assert_close(seen["target_q"], torch.tensor([-1 + 0.5 * 2 * next_action, -1.0]))
+    at_s_then_next = torch.tensor([[0.1, 0.2, 1.1, 1.2], [1.1, 1.2, 2.1, 2.2]])
+    torch.testing.assert_close(seen["policy_actions"][..., 0], at_s_then_next)
+    assert seen["log_probs"].tolist() == [[0, 0, 10, 10], [10, 10, 20, 20]]
+    assert seen["actions"].tolist() == [[100], [101]] and seen["mc_returns"].tolist() == [-7, -8]
+    random_actions = seen["random_actions"]
+    assert (
+        random_actions.shape == (2, 2, 1) and random_actions.abs().max() <= 1 and random_actions.unique().numel() == 4
+    )
+    assert seen["settings"][0] == 0.005 and seen["settings"][2:] == (False, False)
+
+
 # --- RLPD ---
 @pytest.mark.parametrize("entropy_backup", [False, True])
 def test_rlpds_target(entropy_backup, monkeypatch):
