@@ -1,15 +1,15 @@
-"""Scripts x tasks x seeds x flags, or a table of the paper by name: here, or on a Ray cluster; goes on where it stopped.
+"""Scripts x tasks x seeds x flags, or a table of the paper by name: here or on a Ray cluster; goes on where it stopped.
 
     python -m benchmarks.run --suite table1 --dry-run                      # the commands, their time and disk
     python -m benchmarks.run --suite table1 --results results              # on all cores or GPUs of this machine
     python -m benchmarks.run --suite table1 --size paper --results /shared/results --ray ADDRESS --gpus 1
     python -m benchmarks.run --scripts parl_diffusion_calql.py --seeds 1 2 3 --flags num-samples=4,8 num-keep=2
 
-Suites are in `benchmarks/suites.py`. A flag with several values, separated by commas, is a run for each (of several such
-flags, for each combination). A run has a folder of its own in RESULTS, named by task, script, what its flags change and
-seed: so any number of suites share one folder, and what two of them have in common is run once. There `log.txt` holds
-its output, and the script makes the run's folder. A run that is finished (it has its summary.png) is skipped; one that
-has a checkpoint is resumed; one that another process holds is waited for. A run that was ended by a signal, or whose
+Suites are in `benchmarks/suites.py`. A flag with several values, separated by commas, is a run for each (of several
+such flags, for each combination). A run has a folder of its own in RESULTS, named by task, script, what its flags
+change and seed: so any number of suites share one folder, and what two of them have in common is run once. There
+`log.txt` holds its output, and the script makes the run's folder. A run that is finished (it has its summary.png) is
+skipped; one that has a checkpoint is resumed; one that another process holds is waited for. A run that was ended by a signal, or whose
 machine went away, is resumed up to --restarts times; one that failed is listed with the last line of its log, and tried
 again by the next call. Ctrl-C or SIGTERM: all runs save and stop, and the same command goes on.
 
@@ -613,7 +613,10 @@ def by_arithmetic(job: Job) -> tuple[float, float, float, str]:
         sizes = env.observation_space.shape[0], env.action_space.shape[0]
         episode = env.spec.max_episode_steps if env.spec and env.spec.max_episode_steps else 1_000
         rows = args.dataset_size or {"pointmaze": 40_000}.get(job.task.split("-")[0], 1_000_000)
-        flops, rates = phase_flops(args, *sizes, rows, episode), rates_of(script, args, sizes)
+        flops = phase_flops(args, *sizes, rows, episode)
+        if not flops:  # a baseline's is not counted
+            return math.nan, math.nan, math.nan, "unknown until one has run"
+        rates = rates_of(script, args, sizes)
     except Exception as error:  # a script of another shape, or a task whose package is not installed
         return math.nan, math.nan, math.nan, f"unknown until one has run ({type(error).__name__})"
     seconds = {name: work / rates["cloning" if name == "cloning" else "critic"] for name, work in flops.items()}

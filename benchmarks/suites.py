@@ -1,4 +1,4 @@
-"""What the tables and figures of the paper compare, as names: which scripts, with which flags, on which tasks and seeds.
+"""What the tables and figures of the paper compare, as names: which scripts with which flags, on which tasks and seeds.
 
 `python -m benchmarks.run --suite table1 --size laptop` makes the runs, `python -m benchmarks.report tables OUT --suite
 table1` the table. A suite is a dict: `what` it shows; `methods`, a label of a table's row -> a script and its flags,

@@ -183,7 +183,7 @@ def test_dqls_loss_by_hand():
     policy, obs, data, slope = some_policy(), torch.randn(8, 3), torch.rand(8, 2), torch.tensor([1.0, 2.0])
     noise = policy.draw_noise(obs, 1)[:, :, 0]
     torch.manual_seed(5)
-    loss, info = dql.actor_loss(policy, linear(slope), obs, data, 3.0, noise)
+    loss, info = dql.dql_loss(policy, linear(slope), obs, data, 3.0, noise)
     torch.manual_seed(5)
     q = dql.denoise(policy, obs, noise) @ slope
     torch.testing.assert_close(loss, policy.loss(obs, data) - 3 * q.mean() / q.abs().mean())
@@ -198,7 +198,7 @@ def test_the_q_losss_gradient_is_that_of_q_over_a_constant():
         return torch.autograd.grad(loss, weight)[0]
 
     torch.manual_seed(5)
-    found = gradient(dql.actor_loss(policy, linear(slope), obs, data, 3.0, noise)[0])
+    found = gradient(dql.dql_loss(policy, linear(slope), obs, data, 3.0, noise)[0])
     torch.manual_seed(5)
     q = dql.denoise(policy, obs, noise) @ slope
     expected = gradient(policy.loss(obs, data)) - 3 * gradient(q.mean()) / q.abs().mean().detach()
@@ -212,7 +212,7 @@ def test_the_gradient_moves_samples_up_a_linear_q():
     before = policy.sample(obs, 50) @ slope
     for _ in range(60):
         optimizer.zero_grad()
-        dql.actor_loss(policy, linear(slope), obs, data, 10.0)[0].backward()
+        dql.dql_loss(policy, linear(slope), obs, data, 10.0)[0].backward()
         optimizer.step()
     after = policy.sample(obs, 50) @ slope
     assert after.mean() > before.mean() + 0.5
@@ -224,7 +224,7 @@ def test_the_critic_is_not_changed_by_the_policys_update():
     buffer = ReplayBuffer(episode_of(20, 0.3), args, "cpu")
     optimizer = torch.optim.Adam(policy.parameters())
     before = [p.clone() for p in critic.parameters()]
-    dql.actor_update(policy, some_policy(), critic, optimizer, buffer, torch.arange(16), args)
+    dql.dql_update(policy, some_policy(), critic, optimizer, buffer, torch.arange(16), args)
     assert all(torch.equal(a, b) and b.grad is None and b.requires_grad for a, b in zip(before, critic.parameters()))
 
 
@@ -258,7 +258,7 @@ def test_dqls_target_by_hand(samples):
 def test_log_probabilities_of_a_chain_are_those_of_its_gaussians():
     """Step by step, each as the textbook's denoising step from what the network predicts there."""
     policy, obs = some_policy().eval(), torch.randn(6, 3)
-    chain = dppo.denoise(policy, obs, 0.2)
+    chain = dppo.draw_chain(policy, obs, 0.2)
     assert chain.shape == (6, 6, 2)
     found, (obs_part, time_parts) = dppo.log_probs(policy, obs, chain, 0.2), policy.first_layer_parts(obs)
     assert found.shape == (6, 5)
@@ -277,7 +277,7 @@ def test_a_chain_of_one_step_has_the_closed_form():
     policy, obs, c = some_policy(num_steps=1), torch.zeros(20_000, 3), 0.2
     torch.nn.init.zeros_(policy.last.weight)
     torch.nn.init.constant_(policy.last.bias, c)
-    chain, beta = dppo.denoise(policy, obs, 0.1), policy.betas[0]
+    chain, beta = dppo.draw_chain(policy, obs, 0.1), policy.betas[0]
     mean = ((chain[:, 0] - c * beta.sqrt()) / (1 - beta).sqrt()).clamp(-1, 1)
     z = (chain[:, 1] - mean) / 0.1
     assert z.mean().abs() < 0.03 and (z.std() - 1).abs() < 0.03
@@ -287,7 +287,7 @@ def test_a_chain_of_one_step_has_the_closed_form():
 
 def test_at_the_old_policy_the_ratio_is_one_and_the_gradient_the_policy_gradient():
     policy, obs, advantage = some_policy().eval(), torch.randn(9, 3), torch.randn(9)
-    chain, clips, discount = dppo.denoise(policy, obs, 0.1), dppo.step_clips(5, 0.01, 0.1), 0.9
+    chain, clips, discount = dppo.draw_chain(policy, obs, 0.1), dppo.step_clips(5, 0.01, 0.1), 0.9
     weights = discount ** torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
     new = dppo.log_probs(policy, obs, chain, 0.1)
     loss, info = dppo.ppo_loss(new, new.detach(), advantage, clips, discount)
@@ -354,7 +354,7 @@ def test_ppo_makes_rewarded_actions_likelier():
 
     before = policy.sample(obs, 5).mean()
     for _ in range(15):
-        chains = dppo.denoise(policy, obs, 0.1)
+        chains = dppo.draw_chain(policy, obs, 0.1)
         reward = chains[:, -1, 0].clamp(-1, 1)
         batch = obs, chains, reward - value(obs).detach(), reward
         metrics, updates = dppo.ppo_round(policy, value, *optimizers, batch, args, False, Unstopped())

@@ -167,7 +167,7 @@ def cem_actions(critic, obs, population, args: Args):
     return in_parts(lambda o, a: cross_entropy_method(critic, o, a, *settings), obs, population)
 
 
-# --- CAL-QL ---
+# --- CAL-QL WITH ITS ACTIONS ---
 def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -> dict[str, torch.Tensor]:
     """One update of Cal-QL on the transitions `index` (B,); the actions at s and s' are the cross-entropy method's."""
     states = torch.cat([buffer.obs_index[index], buffer.next_index[index]])

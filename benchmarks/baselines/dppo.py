@@ -11,14 +11,14 @@ the state. On-policy: each episode is used for one round of updates and forgotte
 
 paper                                             | here
 --------------------------------------------------|-------------------------------------------------------------
-the inner chain of Gaussians, minimum deviation   | step_std, step_means, denoise
+the inner chain of Gaussians, minimum deviation   | step_std, step_means, draw_chain
 log-probability of each denoising step            | log_probs
 advantages of environment steps (GAE)             | advantages
 clipped ratio per denoising step                  | ppo_loss
 an iteration: episodes, then some epochs          | ppo_round
 PA-RL app. B.2  clone, then online alone          | main: phases 1 and 3
 
-The first ten minutes: `denoise`, `log_probs`, `ppo_loss` and `ppo_round`. Diffusion policy and cloning are those of
+The first ten minutes: `draw_chain`, `log_probs`, `ppo_loss` and `ppo_round`. Diffusion policy and cloning are those of
 `parl_diffusion_calql.py`, imported.
 
 PA-RL's appendix B.2 ran DPPO with 40 environments in parallel and chunks of 6 actions (AntMaze) or 8 (kitchen); its
@@ -125,7 +125,7 @@ def step_means(policy, obs, noisy):
 
 
 @torch.no_grad()
-def denoise(policy, obs, min_std: float):
+def draw_chain(policy, obs, min_std: float):
     """Draw one chain a_K, ..., a_0 at each of obs (B, O): (B, K + 1, A). The last is the action, not clipped."""
     obs_part, time_parts = policy.first_layer_parts(obs)
     stds, chain = step_std(policy, min_std), [torch.randn(len(obs), policy.action_dim, device=obs.device)]
@@ -236,7 +236,7 @@ def collect_round(env, policy, value, first_seed: int, args: Args, device, run):
     all_obs, chains, all_advantages, targets, successes, lengths = [], [], [], [], [], []
 
     def act(obs):
-        chains.append(denoise(policy, obs, args.min_std))
+        chains.append(draw_chain(policy, obs, args.min_std))
         return chains[-1][:, -1].clamp(-1, 1)
 
     for i in range(args.episodes_per_round):

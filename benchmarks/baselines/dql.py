@@ -12,12 +12,12 @@ figures 3 and 18, and never sends a gradient through the chain.
 paper                                            | here
 -------------------------------------------------|--------------------------------------------------------------
 DQL eq. 1     the chain, with a gradient         | denoise
-DQL eq. 3     denoising loss - eta Q / |Q|       | actor_loss
+DQL eq. 3     denoising loss - eta Q / |Q|       | dql_loss
 DQL eq. 4     TD towards the policy's samples    | critic_update
 DQL sec. 4    act: draw many, prefer high Q      | prefer
 PA-RL app. B.2 offline, then online              | main: phases 1 / 2 / 3
 
-The first ten minutes: `denoise`, `actor_loss`, `critic_update` and `main`. Diffusion policy, critic, TD target and
+The first ten minutes: `denoise`, `dql_loss`, `critic_update` and `main`. Diffusion policy, critic, TD target and
 replay buffer are those of `parl_diffusion_calql.py`, imported: PA-RL's authors ran the baseline in the same code.
 
 PA-RL's appendix B.2 searched eta for each task: 11 for antmaze-large-diverse, 15 large-play, 9 medium-diverse, 7
@@ -127,7 +127,7 @@ def denoise(policy, obs, noise):
     return actions
 
 
-def actor_loss(policy, critic, obs, actions, eta: float, noise=None):
+def dql_loss(policy, critic, obs, actions, eta: float, noise=None):
     """DQL's equation 3: denoising loss of the data's actions, less eta times Q of the policy's own, over mean |Q|.
 
     Q is the ensemble's mean; dividing by mean |Q|, a constant, makes eta independent of the rewards' scale.
@@ -143,11 +143,11 @@ def actor_loss(policy, critic, obs, actions, eta: float, noise=None):
     return denoising_loss + eta * q_loss, {name: part.detach() for name, part in info.items()}
 
 
-def actor_update(policy, ema_policy, critic, optimizer, buffer, index, args: Args) -> dict[str, torch.Tensor]:
+def dql_update(policy, ema_policy, critic, optimizer, buffer, index, args: Args) -> dict[str, torch.Tensor]:
     """One step of the policy on the transitions `index` (B,); the critic stays as it is."""
     states = buffer.obs_index[index]
     critic.requires_grad_(False)
-    loss, info = actor_loss(policy, critic, buffer.states[states], buffer.data_actions(states), args.eta)
+    loss, info = dql_loss(policy, critic, buffer.states[states], buffer.data_actions(states), args.eta)
     gradient_step(loss, optimizer, policy, ema_policy, args.policy_ema)
     critic.requires_grad_(True)
     return info
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def update(index):  # of the critic, then of the policy
         info = critic_update(critic, target_critic, ema_policy, critic_optimizer, buffer, index, args)
-        return info | actor_update(policy, ema_policy, critic, policy_optimizer, buffer, index, args)
+        return info | dql_update(policy, ema_policy, critic, policy_optimizer, buffer, index, args)
 
     run = Run(args, dataset, buffer, policy=policy, ema_policy=ema_policy, policy_optimizer=policy_optimizer,
               critic=critic, target_critic=target_critic, critic_optimizer=critic_optimizer)  # fmt: skip

@@ -130,10 +130,8 @@ def iql_loss(critic, target_critic, value, obs, actions, rewards, masks, next_ob
     v = value_of(value, obs)
     value_loss = expectile_loss(q - v, expectile).mean()
     q_data, td_loss = critic.td_loss(obs, actions, target_q, release_width)
-    info = {
-        "td_loss": td_loss, "value_loss": value_loss, "critic_loss": td_loss + value_loss, "q_data": q_data.mean(),
-        "v_data": v.mean(), "target_q": target_q.mean(),
-    }  # fmt: skip
+    info = dict(td_loss=td_loss, value_loss=value_loss, critic_loss=td_loss + value_loss, q_data=q_data.mean(),
+                v_data=v.mean(), target_q=target_q.mean())  # fmt: skip
     return td_loss + value_loss, {name: part.detach() for name, part in info.items()}
 
 
