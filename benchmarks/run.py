@@ -9,9 +9,9 @@ Suites are in `benchmarks/suites.py`. A flag with several values, separated by c
 such flags, for each combination). A run has a folder of its own in RESULTS, named by task, script, what its flags
 change and seed: so any number of suites share one folder, and what two of them have in common is run once. There
 `log.txt` holds its output, and the script makes the run's folder. A run that is finished (it has its summary.png) is
-skipped; one that has a checkpoint is resumed; one that another process holds is waited for. A run that was ended by a signal, or whose
-machine went away, is resumed up to --restarts times; one that failed is listed with the last line of its log, and tried
-again by the next call. Ctrl-C or SIGTERM: all runs save and stop, and the same command goes on.
+skipped; one that has a checkpoint is resumed; one that another process holds is waited for. A run that was ended by a
+signal, or whose machine went away, is resumed up to --restarts times; one that failed is listed with the last line of
+its log, and tried again by the next call. Ctrl-C or SIGTERM: all runs save and stop, and the same command goes on.
 
 Locally there is one process for each slot, a GPU or --threads cores, to which it is pinned. With --ray each run is a
 task with its declared --threads CPUs and --gpus GPUs; RESULTS and this checkout must be in the same place on every
