@@ -98,8 +98,10 @@ class Args(RunArgs):
     climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
     climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
     distill_data_actions: bool = True  # alg. 1's a_data(s) is one more candidate when distilling
+    distill_from: Literal["policy", "data"] = "policy"  # data: clone its actions by their advantage instead (figure 6)
     target_data_actions: bool = False  # and in the critic's targets (the release: there never)
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release, max-backup)
+    base_policy_backup: bool = False  # targets of one of the policy's samples as it is (figure 16)
     # acting and distilling
     greedy_rollouts: bool = True  # act online with the best candidate; else draw from equation 4.3
     distill_selection: Literal["auto", "greedy", "sample"] = "auto"  # teach the best candidate, or draws from eq. 4.3
@@ -453,8 +455,11 @@ def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -
     obs, next_obs = buffer.states[states].chunk(2)
     td_members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
     cql_members = torch.randperm(args.ensemble_size, device=obs.device)[: args.target_subset]
-    rewards, masks = buffer.rewards[index], buffer.masks[index]
-    target_q = td_target(target_critic, rewards, masks, next_obs, next_actions, args.discount**args.chunk, td_members)
+    rewards, masks, backup = buffer.rewards[index], buffer.masks[index], next_actions
+    if args.base_policy_backup:
+        drawn = torch.randint(args.num_samples, index.shape, device=obs.device)
+        backup = buffer.candidates[buffer.next_index[index], drawn]
+    target_q = td_target(target_critic, rewards, masks, next_obs, backup, args.discount**args.chunk, td_members)
     random_actions = torch.rand(len(index), args.cql_actions, optimized.shape[-1], device=obs.device) * 2 - 1
     batch = critic, obs, data_actions[: len(index)], target_q, buffer.mc_returns[index], current_actions, next_actions
     loss, info = calql_loss(*batch, random_actions, args.cql_alpha, cql_members, args.hl_gauss_release_width)
@@ -578,14 +583,44 @@ def distill(policy, ema_policy, optimizer, critic, buffer, num_updates, greedy, 
     """
     states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size), args.distill_mixed).flatten()]
     refresh_candidates(sampler or ema_policy, buffer, states)
-    data_actions = buffer.data_actions(states) if args.distill_data_actions else None
-    optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, greedy, data_actions)
+    if args.distill_from == "data":
+        states, optimized, q = self_imitation(critic, buffer, states)
+    else:
+        data_actions = buffer.data_actions(states) if args.distill_data_actions else None
+        optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, greedy, data_actions)
     targets = select_actions(optimized, q, greedy).view(num_updates, args.batch_size, -1)
     obs = buffer.states[states].view(num_updates, args.batch_size, -1)
     losses = [policy_update(policy, ema_policy, optimizer, o, a, args.policy_ema) for o, a in zip(obs, targets)]
     metrics = {"distill_loss": torch.stack(losses).mean(), "distill_q": q.amax(1).mean(),
                "distill_q_std": q_spread(critic, buffer, states[: args.batch_size], args)}  # fmt: skip
-    return targets, metrics
+    return targets, metrics | climb_changes(critic, buffer, states[:64], args)
+
+
+def self_imitation(critic, buffer, states):
+    """Figure 6: the data's own actions, not optimized, in proportion to their advantage where that is positive.
+
+    Advantage: Q of the data's action less its mean over the policy's samples. States (index (S,)) are drawn by it, with
+    repetition: in expectation the weighted likelihood. Returns states (S,), actions (S, 1, A), q (S, 1).
+    """
+    candidates = torch.cat([buffer.data_actions(states)[:, None], buffer.candidates[states]], 1)
+    with torch.no_grad():
+        (q,) = in_parts(lambda o, a: (critic(o, a).mean(0),), buffer.states[states], candidates)
+    advantage = (q[:, 0] - q[:, 1:].mean(1)).clamp(min=1e-6).nan_to_num(0)  # NaN: the data took no action there
+    drawn = torch.multinomial(advantage, len(states), replacement=True)
+    return states[drawn], candidates[drawn, :1], q[drawn, :1]
+
+
+def climb_changes(critic, buffer, states, args: Args) -> dict[str, torch.Tensor]:
+    """Figure 13 and table 6, means over states (index (S,)): what local optimization does to all kept candidates.
+
+    Their spread before, what it changes by, the L1 norm of an action's change, and the spread of Q over them after.
+    """
+    obs, settings = buffer.states[states], (args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0)
+    before, _ = global_optimization(critic, obs, buffer.candidates[states], args.num_keep)
+    after, q = local_optimization(critic, obs, before, *settings, args.keep_best_of_path)
+    std, climbed_std = (actions.std(1, correction=0).mean() for actions in (before, after))
+    return {"action_std": std, "action_std_change": climbed_std - std, "climbed_q_std": q.std(1, correction=0).mean(),
+            "action_l1": (after - before).abs().sum(-1).mean()}  # fmt: skip
 
 
 def q_spread(critic, buffer, states, args: Args):

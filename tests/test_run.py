@@ -15,7 +15,7 @@ from benchmarks.harness.runs import lock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What the suites name and the scripts do not have yet. A test tells when one is there: take it out then.
-AWAITED = {"--distill-from", "--base-policy-backup", "calvin"}
+AWAITED = {"calvin"}
 
 # A script in small: it writes a run's folder, checkpoints, resumes, and does what its flag --how says at its third step
 TOY = """
