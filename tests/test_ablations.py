@@ -45,7 +45,7 @@ class Buffer:
 
 @ALL
 def test_self_imitation_clones_the_datas_actions_in_proportion_to_their_positive_advantage(script):
-    """Advantages 0.2 and 0.6 at states 0 and 3, so that 3 is drawn three times as often; never a candidate, never NaN."""
+    """Advantages 0.2 and 0.6 at states 0 and 3: 3 is drawn three times as often; never a candidate, never NaN."""
     torch.manual_seed(0)
     buffer = Buffer()
     states, actions, q = script.self_imitation(Linear([1.0, 1.0]), buffer, torch.arange(5).repeat(4000))
