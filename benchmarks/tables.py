@@ -1,9 +1,9 @@
 """Tables and curves of many runs: what `python -m benchmarks.report tables` does, in the order in which it does it.
 
 A run counts with three numbers. `offline`: the score of its last evaluation before it acts online (of a script without
-an offline phase, the cloned policy's). `online`: that of its last evaluation, or of the last one up to --episodes.
-`regret`: one minus the mean success of the episodes in which it learned online. The score is in percent: success, or 25
-a sub-task where a task counts them.
+an offline phase, the cloned policy's; none if nothing was cloned). `online`: that of its last evaluation, or of the
+last one up to --episodes. `regret`: one minus the mean success of the episodes in which it learned online. The score is
+in percent: success, or 25 a sub-task where a task counts them.
 """
 
 import base64
@@ -35,7 +35,7 @@ class Entry:
     config: dict
     rows: list[dict]  # of metrics.csv, those of an evaluation, with `score`
     episodes: int  # online episodes that count
-    offline: float
+    offline: float | None
     online: float | None  # None, as is regret: it had no online phase
     regret: float | None
 
@@ -76,7 +76,7 @@ def entry_of(method: str, folder: pathlib.Path, episodes: int = 0) -> Entry:
     planned = config.get("num_offline_steps", 0)
     if planned and not any(row["phase"] == "offline" and row.get("step", planned) == planned for row in before):
         fail(f"{folder} is not finished, it has no evaluation after its {planned} offline updates: --resume it")
-    if not before or len(rates) < total or total and (not after or after[-1].get("step", total) < total):
+    if not (before or total) or len(rates) < total or total and (not after or after[-1].get("step", total) < total):
         fail(
             f"{folder} is not finished, its metrics.csv ends after {len(rates)} of {total} online episodes: --resume it"
         )
@@ -84,8 +84,9 @@ def entry_of(method: str, folder: pathlib.Path, episodes: int = 0) -> Entry:
     if total and not within:
         fail(f"{folder} has no evaluation within --episodes {episodes}, the first is after {after[0]['step']:.0f}")
     score, regret = (within[-1]["score"], 1 - float(np.mean(rates[:episodes]))) if total else (None, None)
-    return Entry(method, config["env_id"], config["seed"], folder, config, evaluations, episodes, before[-1]["score"],
-                 score, regret)  # fmt: skip
+    offline = before[-1]["score"] if before else None  # RLPD's Gaussian: there is nothing before it acts
+    task = config["env_id"], config["seed"], folder, config
+    return Entry(method, *task, evaluations, episodes, offline, score, regret)
 
 
 def runs_of_suite(suite: str, size: str, results: pathlib.Path) -> list[tuple[str, pathlib.Path]]:

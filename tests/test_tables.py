@@ -102,6 +102,20 @@ def test_the_three_numbers_of_a_run(tmp_path):
     assert "| pointmaze-medium-v0 | 50.0 → 90.0 | 50.0 |" in (tmp_path / "out/table.md").read_text()
 
 
+def test_a_run_with_nothing_before_it_acts_has_no_first_number(tmp_path):
+    """RLPD's Gaussian: neither cloned nor trained offline. One that is cut off is still refused."""
+    folder = write_run(tmp_path / "a", offline=None)
+    path, lines = folder / "metrics.csv", (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *lines[3:]]))
+    entry = tables.entry_of("rlpd", folder)
+    assert (entry.offline, entry.online, entry.regret) == (None, 90, 0.25)
+    report.main(["tables", str(tmp_path / "out"), "--runs", f"rlpd={folder}"])
+    assert "|  | 90.0 |" in (tmp_path / "out" / "table.md").read_text()
+    path.write_text("".join([lines[0], *lines[3:-2]]))
+    with pytest.raises(SystemExit, match="not finished"):
+        tables.entry_of("rlpd", folder)
+
+
 def test_tables_curves_and_a_page(tmp_path):
     runs, maze = [], {"env_id": "antmaze-umaze-v2"}
     for seed in (1, 2):
