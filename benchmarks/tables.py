@@ -254,6 +254,7 @@ def draw(entries, over: str, path: pathlib.Path) -> bool:
     import matplotlib.pyplot as plt
 
     tasks, methods, drawn = tasks_of(entries), methods_of(entries), False
+    colors = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(0.8 + 4.2 * len(tasks), 3.8), layout="constrained", squeeze=False
     )
@@ -267,8 +268,8 @@ def draw(entries, over: str, path: pathlib.Path) -> bool:
             drawn, x = True, min((line[0] for line in lines), key=lambda x: x[-1])  # as far as all runs have come
             points = np.array([np.interp(x, *line) for line in lines])  # (runs, evaluations)
             value, low, high = np.array([with_interval(mean, [column]) for column in points.T]).T
-            ax.plot(x, value, "o-", ms=2.5, lw=1.8, color=f"C{i}", label=f"{method} (n={len(lines)})")
-            ax.fill_between(x, low, high, color=f"C{i}", alpha=0.2, lw=0)
+            ax.plot(x, value, "o-", ms=2.5, lw=1.8, color=colors[i % 20], label=f"{method} (n={len(lines)})")
+            ax.fill_between(x, low, high, color=colors[i % 20], alpha=0.2, lw=0)
         ax.set(xlabel={"episodes": "online episodes", "seconds": "seconds of wall clock"}[over], ylim=(-3, 103))
         ax.set_title(task, fontsize=10)
         ax.grid(alpha=0.3)
