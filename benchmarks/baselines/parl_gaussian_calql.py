@@ -93,8 +93,10 @@ class Args(RunArgs):
     climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
     climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
     distill_data_actions: bool = True  # alg. 1's a_data(s) is one more candidate when distilling
+    distill_from: Literal["policy", "data"] = "policy"  # data: clone its actions by their advantage instead (figure 6)
     target_data_actions: bool = False  # and in the critic's targets (the release: there never)
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release, max-backup)
+    base_policy_backup: bool = False  # targets of one of the policy's samples as it is (figure 16)
     # acting and distilling
     greedy_rollouts: bool = True  # act online with the best candidate; else draw from equation 4.3
     distill_selection: Literal["auto", "greedy", "sample"] = "auto"  # teach the best candidate, or draws from eq. 4.3
