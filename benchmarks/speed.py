@@ -272,17 +272,21 @@ def phases(script, net, args, case: dict, steps: int) -> list[Phase]:
 def counting_climbed(script):
     """Yields a function that says how many of a state's candidates climbed, a mean over the states seen since; or None.
 
-    Seen are the arguments of the script's `optimize_actions` and `local_optimization`: it may give the latter only some
-    of the candidates, each as a state of its own.
+    Seen are the arguments of the script's `optimize_actions`, and of `local_optimization` as called there: it may be
+    given only some of the candidates, each as a state of its own. (What is climbed to be measured is not counted.)
     """
-    whole, climb, seen = script.optimize_actions, script.local_optimization, {"states": 0, "climbed": 0}
+    whole, climb = script.optimize_actions, script.local_optimization
+    seen = {"states": 0, "climbed": 0, "inside": False}
 
     def optimize_actions(critic, obs, *rest, **more):
-        seen["states"] += len(obs)
-        return whole(critic, obs, *rest, **more)
+        seen["states"], seen["inside"] = seen["states"] + len(obs), True
+        try:
+            return whole(critic, obs, *rest, **more)
+        finally:
+            seen["inside"] = False
 
     def local_optimization(critic, obs, actions, *rest, **more):
-        seen["climbed"] += actions.shape[0] * actions.shape[1]
+        seen["climbed"] += seen["inside"] * actions.shape[0] * actions.shape[1]
         return climb(critic, obs, actions, *rest, **more)
 
     script.optimize_actions, script.local_optimization = optimize_actions, local_optimization
