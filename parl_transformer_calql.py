@@ -99,7 +99,7 @@ class Args(RunArgs):
     distill_from: Literal["policy", "data"] = "policy"  # data: clone its actions by their advantage instead (figure 6)
     target_data_actions: bool = False  # and in the critic's targets (the release: there never)
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release, max-backup)
-    base_policy_backup: bool = False  # targets of one of the policy's samples as it is (figure 16)
+    base_policy_backup: bool = False  # targets of one sample of the policy (figure 16, where this is online only)
     # acting and distilling
     greedy_rollouts: bool = True  # act online with the best candidate; else draw from equation 4.3
     distill_selection: Literal["auto", "greedy", "sample"] = "auto"  # teach the best candidate, or draws from eq. 4.3
@@ -609,13 +609,14 @@ def distill(policy, ema_policy, optimizer, critic, buffer, num_updates, greedy, 
     """
     states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size), args.distill_mixed).flatten()]
     refresh_candidates(sampler or ema_policy, buffer, states)
+    chosen = states
     if args.distill_from == "data":
-        states, optimized, q = self_imitation(critic, buffer, states)
+        chosen, optimized, q = self_imitation(critic, buffer, states)
     else:
         data_actions = buffer.data_actions(states) if args.distill_data_actions else None
         optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, greedy, data_actions)
     targets = select_actions(optimized, q, greedy).view(num_updates, args.batch_size, -1)
-    obs = buffer.states[states].view(num_updates, args.batch_size, -1)
+    obs = buffer.states[chosen].view(num_updates, args.batch_size, -1)
     losses = [policy_update(policy, ema_policy, optimizer, o, a, args.policy_ema) for o, a in zip(obs, targets)]
     metrics = {"distill_loss": torch.stack(losses).mean(), "distill_q": q.amax(1).mean(),
                "distill_q_std": q_spread(critic, buffer, states[: args.batch_size], args)}  # fmt: skip
@@ -626,7 +627,8 @@ def self_imitation(critic, buffer, states):
     """Figure 6: the data's own actions, not optimized, in proportion to their advantage where that is positive.
 
     Advantage: Q of the data's action less its mean over the policy's samples. States (index (S,)) are drawn by it, with
-    repetition: in expectation the weighted likelihood. Returns states (S,), actions (S, 1, A), q (S, 1).
+    repetition: in expectation the weighted likelihood (both our choice; if none is positive, all count alike). Acting
+    goes on ranking and climbing. Returns states (S,), actions (S, 1, A), q (S, 1).
     """
     candidates = torch.cat([buffer.data_actions(states)[:, None], buffer.candidates[states]], 1)
     with torch.no_grad():
@@ -637,7 +639,7 @@ def self_imitation(critic, buffer, states):
 
 
 def climb_changes(critic, buffer, states, args: Args) -> dict[str, torch.Tensor]:
-    """Figure 13 and table 6, means over states (index (S,)): what local optimization does to all kept candidates.
+    """As figure 13 and table 6, means over states (index (S,)): what local optimization does to all kept candidates.
 
     Their spread before, what it changes by, the L1 norm of an action's change, and the spread of Q over them after.
     """
@@ -711,6 +713,7 @@ def main(argv: list[str] | None = None) -> None:
             info = update_critic(critic, target_critic, critic_optimizer, buffer, index, args)
             if (step + 1) % args.log_every == 0:
                 info["q_std"] = q_spread(critic, buffer, buffer.obs_index[index], args)
+                info |= climb_changes(critic, buffer, buffer.obs_index[index[:64]], args)
                 q_stds += [info["q_std"].item()] if 2 * step >= args.num_offline_steps else []
                 run.log(info)
 

@@ -96,7 +96,7 @@ class Args(RunArgs):
     distill_from: Literal["policy", "data"] = "policy"  # data: clone its actions by their advantage instead (figure 6)
     target_data_actions: bool = False  # and in the critic's targets (the release: there never)
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release, max-backup)
-    base_policy_backup: bool = False  # targets of one of the policy's samples as it is (figure 16)
+    base_policy_backup: bool = False  # targets of one sample of the policy (figure 16, where this is online only)
     # acting and distilling
     greedy_rollouts: bool = True  # act online with the best candidate; else draw from equation 4.3
     distill_selection: Literal["auto", "greedy", "sample"] = "auto"  # teach the best candidate, or draws from eq. 4.3
