@@ -245,6 +245,6 @@ def draw_filmstrip(path: pathlib.Path, strips: list[tuple[str, dict]], critic_si
             ax.set_axis_off()
         how = "success" if episode["success"] else "failure"
         row[0].set_title(f"{title}: {how} after {steps[-1]} steps", fontsize=8, loc="left", pad=2)
-    figure.tight_layout(pad=0.4)
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.15 / len(strips), 0.03, 0.2)
     write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
