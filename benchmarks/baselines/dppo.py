@@ -26,7 +26,8 @@ figure 3 gives DPPO 100 episodes (AntMaze) or 500 (kitchen) for each one of the 
 environment acts, `episodes_per_round` episodes one after the other. Parameters it does not print are our choice, like
 those of DPPO's public configurations: least deviation 0.1, denoising discount 0.99, GAE 0.95. Also ours: all K steps
 are fine-tuned, a step's mean is clipped to [-1, 1] and what is drawn is not (the environment clips the action), so that
-likelihoods are exact; the policy is measured as PA-RL's cloned one is, without the extra deviation.
+likelihoods are exact. The policy is measured as it acts: once PPO trains its chain, by that chain; cloned, by
+`DiffusionPolicy.sample`.
 """
 
 import copy
@@ -271,14 +272,17 @@ def main(argv: list[str] | None = None) -> None:
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), args.value_lr, fused=True)
 
-    def act(obs):
+    def act_cloned(obs):
         return ema_policy.sample(obs, 1)[:, 0]
+
+    def act(obs):  # as `collect_round` does: PPO trains this chain, which `sample` is not
+        return draw_chain(ema_policy, obs, args.min_std)[:, -1].clamp(-1, 1)
 
     run = Run(args, dataset, buffer, policy=policy, ema_policy=ema_policy, policy_optimizer=policy_optimizer,
               value=value, value_optimizer=value_optimizer)  # fmt: skip
     with run:
         # Phase 1: clone the data
-        for step in run.steps("cloning", args.num_cloning_steps, envs, act):
+        for step in run.steps("cloning", args.num_cloning_steps, envs, act_cloned):
             policy_optimizer.param_groups[0]["lr"] = cloning_lr(step, args)
             states = buffer.obs_index[buffer.sample_index((1, args.cloning_batch_size))[0]]
             obs, actions = buffer.states[states], buffer.data_actions(states)
