@@ -458,7 +458,7 @@ def critic_update(critic, target_critic, optimizer, buffer, index, args: Args) -
     rewards, masks, backup = buffer.rewards[index], buffer.masks[index], next_actions
     if args.base_policy_backup:
         drawn = torch.randint(args.num_samples, index.shape, device=obs.device)
-        backup = buffer.candidates[buffer.next_index[index], drawn]
+        backup = buffer.candidates[buffer.next_index[index], drawn]  # one of the policy's samples
     target_q = td_target(target_critic, rewards, masks, next_obs, backup, args.discount**args.chunk, td_members)
     random_actions = torch.rand(len(index), args.cql_actions, optimized.shape[-1], device=obs.device) * 2 - 1
     batch = critic, obs, data_actions[: len(index)], target_q, buffer.mc_returns[index], current_actions, next_actions
@@ -583,27 +583,27 @@ def distill(policy, ema_policy, optimizer, critic, buffer, num_updates, greedy, 
     """
     states = buffer.obs_index[buffer.sample_index((num_updates, args.batch_size), args.distill_mixed).flatten()]
     refresh_candidates(sampler or ema_policy, buffer, states)
-    chosen = states
+    metrics = candidate_spread(critic, buffer, states[: args.batch_size], args)
     if args.distill_from == "data":
-        chosen, optimized, q = self_imitation(critic, buffer, states)
+        states, optimized, q = self_imitation(critic, buffer, states, args)
     else:
         data_actions = buffer.data_actions(states) if args.distill_data_actions else None
         optimized, q = optimize(critic, buffer.states[states], buffer.candidates[states], args, greedy, data_actions)
     targets = select_actions(optimized, q, greedy).view(num_updates, args.batch_size, -1)
-    obs = buffer.states[chosen].view(num_updates, args.batch_size, -1)
+    obs = buffer.states[states].view(num_updates, args.batch_size, -1)
     losses = [policy_update(policy, ema_policy, optimizer, o, a, args.policy_ema) for o, a in zip(obs, targets)]
-    metrics = {"distill_loss": torch.stack(losses).mean(), "distill_q": q.amax(1).mean(),
-               "distill_q_std": q_spread(critic, buffer, states[: args.batch_size], args)}  # fmt: skip
-    return targets, metrics | climb_changes(critic, buffer, states[:64], args)
+    loss, value, spread = torch.stack(losses).mean(), q.amax(1).mean(), metrics.pop("q_std")
+    return targets, metrics | {"distill_loss": loss, "distill_q": value, "distill_q_std": spread}
 
 
-def self_imitation(critic, buffer, states):
+def self_imitation(critic, buffer, states, args: Args):
     """Figure 6: the data's own actions, not optimized, in proportion to their advantage where that is positive.
 
     Advantage: Q of the data's action less its mean over the policy's samples. States (index (S,)) are drawn by it, with
     repetition: in expectation the weighted likelihood (both our choice; if none is positive, all count alike). Acting
     goes on ranking and climbing. Returns states (S,), actions (S, 1, A), q (S, 1).
     """
+    critic = critic if args.plain else FrozenCritic(critic)
     candidates = torch.cat([buffer.data_actions(states)[:, None], buffer.candidates[states]], 1)
     with torch.no_grad():
         (q,) = in_parts(lambda o, a: (critic(o, a).mean(0),), buffer.states[states], candidates)
@@ -612,23 +612,18 @@ def self_imitation(critic, buffer, states):
     return states[drawn], candidates[drawn, :1], q[drawn, :1]
 
 
-def climb_changes(critic, buffer, states, args: Args) -> dict[str, torch.Tensor]:
-    """As figure 13 and table 6, means over states (index (S,)): what local optimization does to all kept candidates.
-
-    Their spread before, what it changes by, the L1 norm of an action's change, and the spread of Q over them after.
+def candidate_spread(critic, buffer, states, args: Args) -> dict[str, torch.Tensor]:
+    """Spread of Q over a state's kept candidates before they climb, mean over states (index (S,)); and, as in figure 13
+    and table 6, what climbing does to all of 64 states': their spread, its change, an action's L1 change, Q's spread.
     """
-    obs, settings = buffer.states[states], (args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0)
-    before, _ = global_optimization(critic, obs, buffer.candidates[states], args.num_keep)
-    after, q = local_optimization(critic, obs, before, *settings, args.keep_best_of_path)
-    std, climbed_std = (actions.std(1, correction=0).mean() for actions in (before, after))
-    return {"action_std": std, "action_std_change": climbed_std - std, "climbed_q_std": q.std(1, correction=0).mean(),
-            "action_l1": (after - before).abs().sum(-1).mean()}  # fmt: skip
-
-
-def q_spread(critic, buffer, states, args: Args):
-    """Standard deviation of Q over a state's kept candidates, before they climb: mean over the states (index (S,))."""
-    q = global_optimization(critic, buffer.states[states], buffer.candidates[states], args.num_keep)[1]
-    return q.std(1, correction=0).mean()
+    obs, spread = buffer.states[states], lambda values: values.std(1, correction=0).mean()
+    kept, q = global_optimization(critic, obs, buffer.candidates[states], args.num_keep)
+    settings = args.num_gradient_steps, args.gradient_step_size, -1.0, 1.0, args.keep_best_of_path
+    fast = critic if args.plain else FrozenCritic(critic)
+    climbed, climbed_q = local_optimization(fast, obs[:64], kept[:64], *settings)
+    before, after, change = spread(kept[:64]), spread(climbed), climbed - kept[:64]
+    return {"q_std": spread(q), "climbed_q_std": spread(climbed_q), "action_std": before,
+            "action_std_change": after - before, "action_l1": change.abs().sum(-1).mean()}  # fmt: skip
 
 
 def choose_greedy_distillation(args: Args, q_stds: list[float]) -> bool:
@@ -686,8 +681,7 @@ def main(argv: list[str] | None = None) -> None:
             index = buffer.sample_index((1, args.batch_size))[0]
             info = update_critic(critic, target_critic, critic_optimizer, buffer, index, args)
             if (step + 1) % args.log_every == 0:
-                info["q_std"] = q_spread(critic, buffer, buffer.obs_index[index], args)
-                info |= climb_changes(critic, buffer, buffer.obs_index[index[:64]], args)
+                info |= candidate_spread(critic, buffer, buffer.obs_index[index], args)
                 q_stds += [info["q_std"].item()] if 2 * step >= args.num_offline_steps else []
                 run.log(info)
 

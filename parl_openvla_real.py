@@ -774,13 +774,13 @@ def distill_lora(policy, optimizer, critic, buffer, num_updates, greedy, args: A
         target = select_actions(optimized, q, greedy)
         losses.append(supervised_step(policy, optimizer, buffer.states[index], target))
         values.append(q.amax(1).mean())
-        spreads.append(candidate_spread(critic, buffer, index, args))
+        spreads.append(q_spread(critic, buffer, index, args))
     names = "distill_loss", "distill_q", "distill_q_std"
     return {name: torch.stack(column).mean() for name, column in zip(names, (losses, values, spreads))}
 
 
 @torch.no_grad()
-def candidate_spread(critic, buffer, states, args: Args):
+def q_spread(critic, buffer, states, args: Args):
     """Standard deviation of Q over a state's kept candidates, before they climb: mean over the states (index (S,))."""
     obs = critic.encode(buffer.small[states], buffer.proprio[states])
     return global_optimization(critic, obs, buffer.candidates[states], args.num_keep)[1].std(1, correction=0).mean()
@@ -865,7 +865,7 @@ def main(argv: list[str] | None = None) -> None:
             index = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
             info = critic_update(critic, target_critic, critic_optimizer, buffer, index, args)
             if (step + 1) % args.log_every == 0:
-                info["q_std"] = candidate_spread(critic, buffer, buffer.obs_index[index], args)
+                info["q_std"] = q_spread(critic, buffer, buffer.obs_index[index], args)
                 q_stds += [info["q_std"].item()] if 2 * step >= args.num_offline_steps else []
                 run.log(info)
 

@@ -48,7 +48,8 @@ def test_self_imitation_clones_the_datas_actions_in_proportion_to_their_positive
     """Advantages 0.2 and 0.6 at states 0 and 3: 3 is drawn three times as often; never a candidate, never NaN."""
     torch.manual_seed(0)
     buffer = Buffer()
-    states, actions, q = script.self_imitation(Linear([1.0, 1.0]), buffer, torch.arange(5).repeat(4000))
+    everywhere, args = torch.arange(5).repeat(4000), script.Args(plain=True)
+    states, actions, q = script.self_imitation(Linear([1.0, 1.0]), buffer, everywhere, args)
     counts = torch.bincount(states, minlength=5)
     assert counts[2] == counts[4] == 0 and counts[1] <= 2
     assert counts[3] / counts[0] == pytest.approx(3, rel=0.06)

@@ -101,7 +101,6 @@ def steps_of(folder):
 
 
 def test_runs_fill_the_slots_and_are_skipped_when_finished(toy, tmp_path, capsys):
-    opts = options(toy, tmp_path, "pause=0.1", "how=", seeds=(1, 2, 3), slots=2) if False else None
     opts = options(toy, tmp_path, "pause=0.1", seeds=(1, 2, 3), slots=2)
     folders, state = start(opts)
     assert len(state.finished) == 3 and not state.failed and state.skipped == 0

@@ -42,13 +42,13 @@ from benchmarks.tasks import load_dataset, make_env
 from parl_diffusion_calql import (
     Critic,
     ReplayBuffer,
+    candidate_spread,
     choose_greedy_distillation,
     cloning_lr,
     critic_update,
     distill,
     optimize,
     policy_update,
-    q_spread,
     refresh_candidates,
     select_actions,
 )
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             index = buffer.sample_index((1, args.batch_size))[0]
             info = update_critic(critic, target_critic, critic_optimizer, buffer, index, args)
             if (step + 1) % args.log_every == 0:
-                info["q_std"] = q_spread(critic, buffer, buffer.obs_index[index], args)
+                info |= candidate_spread(critic, buffer, buffer.obs_index[index], args)
                 q_stds += [info["q_std"].item()] if 2 * step >= args.num_offline_steps else []
                 run.log(info)
 

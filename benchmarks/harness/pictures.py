@@ -49,7 +49,7 @@ def draw_summary(run, env, policy, critic) -> None:
     task = args.env_id + (" (local data)" if run.local else "")
     ax.set_title(f"{task}, seed {args.seed}\n{args.eval_episodes} episodes a point", fontsize=10)
     ax.grid(alpha=0.3)
-    ax.legend(loc="center right")
+    ax.legend(loc="best")
     x, y, values = value_map(run.buffer.states, policy, critic, args.num_samples) if panels else (None, None, None)
     for ax, (label, result) in zip(maze_axes, panels):
         mesh = ax.scatter(x, y, c=values, s=7, cmap=critic and "viridis", linewidths=0)

@@ -183,9 +183,7 @@ def build_model(task: Task, distractors: bool) -> mujoco.MjModel:
     """Arm, kitchen, plate and objects as one MuJoCo model, seen from over the robot's left shoulder."""
     folder = mesh_folder()
     names = ["1-Base", *(part[5] for part in ARM), "9-Gripper-Bar", "10-Finger"]
-    meshes = "".join(
-        f'<mesh name="{name}" file="WXSA-250-M-{name}.stl" scale=".001 .001 .001"/>' for name in names
-    )
+    meshes = "".join(f'<mesh name="{name}" file="WXSA-250-M-{name}.stl" scale=".001 .001 .001"/>' for name in names)
     things = {"target": task.target} | ({"distractor": task.distractor} if distractors else {})
     bodies = "".join(
         f'<body name="{name}"><freejoint name="{name}"/>{OBJECTS[kind][2]}</body>' for name, kind in things.items()
