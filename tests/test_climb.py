@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import parl_diffusion_calql as script
+from benchmarks.harness import fast_critic
 from benchmarks.harness.fast_critic import FrozenCritic
 
 DATA = pathlib.Path(__file__).parent / "data" / "trained_critic.npz"
@@ -146,3 +147,27 @@ def test_one_state_and_no_steps():
         one = script.optimize_actions(FrozenCritic(critic), obs[:1], actions[:1], 4, num_steps, 0.01, num_climb=4)
         all_ = script.optimize_actions(critic, obs[:1], actions[:1], 4, num_steps, 0.01)
         torch.testing.assert_close(one[1].amax(1), all_[1].amax(1), rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_once_however_many_can_win(monkeypatch):
+    """As on a GPU: how many can win is counted outside of what is compiled, which soon is all; same result."""
+    compiled = []
+
+    def trace(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    critic, obs, actions = trained()
+    torch.compiler.reset()
+    optimize, asked, graphs = torch.compile(script.optimize_actions, backend=trace), set(), []
+    for start in range(0, 960, 80):
+        some = obs[start : start + 80], actions[start : start + 80], 10, 3, 0.01
+        watched = Counting(critic)
+        plain = script.optimize_actions(watched, *some, num_climb=10)
+        with monkeypatch.context() as gpu:
+            gpu.setattr(fast_critic, "EXACT_COUNTS", set())
+            torch.testing.assert_close(optimize(critic, *some, num_climb=10), plain)
+        asked.add(sum(watched.asked))
+        graphs.append(len(compiled))
+    assert len(asked) > 8  # different counts
+    assert graphs[-1] == graphs[2]

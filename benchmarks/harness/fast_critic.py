@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 CACHE_FLOATS = 500_000  # of one activation, per core: the best of 60, 125, 250 and 500 thousand at AntMaze size
+EXACT_COUNTS = {"cpu"}  # devices on which any number of candidates climbs; on others a power of two, for few shapes
 
 
 class FrozenCritic:
@@ -123,10 +124,18 @@ def climb_winners(local_optimization, q_and_gradient, critic, obs, actions, num_
     bound = q + num_steps * step_size * (2 * torch.linalg.vector_norm(gradient, dim=-1)).square()
     can_win = bound >= q.amax(1, keepdim=True)
     can_win &= q.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < num_climb
-    index = can_win.nonzero(as_tuple=True)  # R pairs of a state and an action, each climbed as a state of its own
+    index = pairs(can_win)  # R of a state and an action, each climbed as a state of its own
     places, start = (obs[index[0]], actions[index][:, None]), (q[index][:, None], gradient[index][:, None])
     climbed, climbed_q = local_optimization(critic, *places, num_steps, step_size, *rest, start)
     return actions.index_put(index, climbed[:, 0]), q.index_put(index, climbed_q[:, 0])
+
+
+@torch.compiler.disable  # else the count of each batch would be a constant of a function of its own
+def pairs(mask):
+    """Row and column of every True of mask (B, m): two of (R,), filled up with (0, 0), which may climb without harm."""
+    count = int(mask.sum())  # here the host waits for the device
+    count = count if mask.device.type in EXACT_COUNTS else 1 << (count - 1).bit_length()
+    return torch.nonzero_static(mask, size=count, fill_value=0).unbind(1)
 
 
 def over_states(function, *tensors, floats_per_state, dim=0):
@@ -169,11 +178,7 @@ def sample_on_all_cores(policy, obs, num_samples: int):
 
 
 def compiled(args, device, *functions):
-    """The functions as `torch.compile` makes them where --compile asks for it, else as they are; the same random draws.
-
-    How many candidates can win differs from batch to batch. There alone the host waits for the device, and the rest is
-    compiled for any number: to climb a fixed one, most of it in vain, would cost more (estimated, not measured).
-    """
+    """The functions as `torch.compile` makes them where --compile asks for it, else as they are; the same draws."""
     if args.compile == "no" or (args.compile == "auto" and device.type != "cuda"):
         return functions
     options = {"fallback_random": True, "pattern_matcher": False}  # torch 2.13's matcher fails on randperm(n)[:k]

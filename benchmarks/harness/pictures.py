@@ -3,6 +3,7 @@
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.patches import Circle, Rectangle
 
 from benchmarks.harness.fast_critic import FrozenCritic, sample_on_all_cores
 from benchmarks.harness.rollouts import film
@@ -73,8 +74,6 @@ def value_map(states, policy, critic, num_samples: int, count: int = 4000):
 
 def draw_maze(ax, env, maze) -> None:
     """Walls, start and goal of a gymnasium-robotics maze, on axes without ticks."""
-    from matplotlib.patches import Circle, Rectangle
-
     half = maze.maze_size_scaling / 2
     for row, column in np.argwhere(np.array(maze.maze_map, object) == 1):
         x, y = maze.cell_rowcol_to_xy(np.array([row, column]))

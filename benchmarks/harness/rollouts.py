@@ -161,8 +161,7 @@ def close(envs) -> None:
 def film(run, make_env, act, episodes: int = 3) -> None:
     """videos/*.mp4 of a few evaluation episodes. moviepy and off-screen OpenGL were found at the start."""
     env = rescaled(make_env(run.args.env_id, render_mode="rgb_array"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         env = gym.wrappers.RecordVideo(env, str(run.folder / "videos"), lambda episode: True, disable_logger=True)
         for episode in range(episodes):
             collect_episode(env, act, run.args.eval_seed + episode, run)
