@@ -286,13 +286,17 @@ def test_presets_follow_the_task(env_id, preset, reward_bias):
     assert (small.preset, small.reward_bias, small.ensemble_size, small.seed) == ("laptop", reward_bias, 2, 7)
 
 
-@pytest.mark.parametrize("name", ["parl_diffusion_iql"])
-def test_the_preset_with_chunks_lies_on_the_laptops_and_on_the_familys(name):
+CHUNKED = {"parl_diffusion_iql": 32, "parl_diffusion_calql": 16, "parl_flow_calql": 16, "parl_diffusion_rlpd": 8}
+
+
+@pytest.mark.parametrize(("name", "num_samples"), CHUNKED.items())
+def test_the_preset_with_chunks_lies_on_the_laptops_and_on_the_familys(name, num_samples):
     one = importlib.import_module(name)
     flags = ["--env-id", "cube-single-play-singletask-v0", "--preset", "laptop-chunk"]
     args = cli.parse_args(one.Args, one.PRESETS, flags)
     assert (args.chunk, args.preset, args.reward_bias, args.ensemble_size) == (5, "laptop-chunk", 0.0, 2)
-    assert args.num_samples == 32 and cli.parse_args(one.Args, one.PRESETS, [*flags[:3], "laptop"]).chunk == 1
+    assert (args.num_samples, args.num_gradient_steps, args.greedy_rollouts) == (num_samples, 0, True)
+    assert cli.parse_args(one.Args, one.PRESETS, [*flags[:3], "laptop"]).chunk == 1
 
 
 # --- bad input: one clear line, before any long work ---
