@@ -135,6 +135,11 @@ PRESETS: dict[str, dict] = {
         critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64, cql_actions=2, num_samples=4, num_keep=4,
         num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False, distill_selection="sample", utd=0.5,
         distill_ratio=0.05, compile="no"),
+    # On top of that: one decision for five steps, tuned on cube-single with local data (x)
+    "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_width=64, num_cloning_steps=12_000,
+        num_offline_steps=20_000, num_online_episodes=100, critic_lr=3e-4, cql_actions=4, target_tau=0.005,
+        num_samples=8, num_keep=1, distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True, cloning_batch_size=128,
+        distill_selection="greedy"),
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def made_up_data() -> Dataset:
 class Parts:
     """A script's networks, optimizers and buffer, as its `main` makes them, small."""
 
-    def __init__(self, script, args, device=torch.device("cpu"), move=lambda network: network):
+    def __init__(self, script, args, device="cpu", move=lambda network: network):
         def make_policy():
             if script is parl_transformer_calql:
                 return script.TransformerPolicy(OBS, ACT, 16, 1, 8, 2)
@@ -54,7 +54,7 @@ class Parts:
             return move(critic)
 
         torch.manual_seed(0)
-        self.script, self.args, self.device = script, args, device
+        self.script, self.args, self.device = script, args, torch.device(device)
         self.policy, self.critic = move(make_policy()), make_critic()
         torch.manual_seed(0)  # copies, made like this since tensors without data cannot be copied
         self.ema_policy, self.target_critic = move(make_policy()), make_critic()
@@ -101,13 +101,13 @@ def without_data(monkeypatch):
     def as_tensor(array, device=None, dtype=None):
         return torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=device)
 
-    def nonzero(self, as_tuple):
-        return tuple(torch.zeros(7, dtype=torch.long, device=self.device) for _ in range(self.dim()))
+    def pairs(mask):
+        return tuple(torch.zeros(7, dtype=torch.long, device=mask.device) for _ in range(mask.dim()))
 
     with FakeTensorMode():
         monkeypatch.setattr(torch, "as_tensor", as_tensor)
         monkeypatch.setattr(torch.Tensor, "unique", lambda self: self.flatten())
-        monkeypatch.setattr(torch.Tensor, "nonzero", nonzero)
+        monkeypatch.setattr(fast_critic, "pairs", pairs)
         yield move
 
 

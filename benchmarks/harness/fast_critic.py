@@ -123,10 +123,18 @@ def climb_winners(local_optimization, q_and_gradient, critic, obs, actions, num_
     bound = q + num_steps * step_size * (2 * torch.linalg.vector_norm(gradient, dim=-1)).square()
     can_win = bound >= q.amax(1, keepdim=True)
     can_win &= q.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < num_climb
-    index = can_win.nonzero(as_tuple=True)  # R pairs of a state and an action, each climbed as a state of its own
+    index = pairs(can_win)  # R of a state and an action, each climbed as a state of its own
     places, start = (obs[index[0]], actions[index][:, None]), (q[index][:, None], gradient[index][:, None])
     climbed, climbed_q = local_optimization(critic, *places, num_steps, step_size, *rest, start)
     return actions.index_put(index, climbed[:, 0]), q.index_put(index, climbed_q[:, 0])
+
+
+def pairs(mask):
+    """Row and column of every True of mask (B, m): two of (R,). Elsewhere than on a CPU, where the host waits here, R is
+    a power of two, filled up with (0, 0), so that few shapes are seen: climbing one more candidate does no harm."""
+    count = int(mask.sum())
+    count = count if mask.device.type == "cpu" else 1 << (count - 1).bit_length()
+    return torch.nonzero_static(mask, size=count, fill_value=0).unbind(1)
 
 
 def over_states(function, *tensors, floats_per_state, dim=0):
