@@ -315,7 +315,8 @@ class Local:
     """This machine: a process for each slot, pinned to cores and a GPU of its own."""
 
     def __init__(self, options: Options):
-        gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
+        gpus = torch.cuda.device_count()
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(available_cores())
         self.threads = options.threads or (max(1, len(cores) // max(options.slots, gpus)) if gpus else 1)
         count = options.slots or gpus or max(1, len(cores) // self.threads)
         self.slots = [
@@ -333,7 +334,7 @@ class Local:
     def start(self, job: Job, command: list[str], log: pathlib.Path) -> None:
         environment, cores = self.slots[slot := self.free.pop(0)]
         process = launch(command, log, environment_of(self.threads) | environment)
-        with contextlib.suppress(OSError):  # it has ended already, or may not be pinned
+        with contextlib.suppress(OSError, AttributeError):  # it has ended already, or may not or cannot be pinned
             os.sched_setaffinity(process.pid, cores)
         self.running[job] = process, slot
 
@@ -579,6 +580,7 @@ def rates_of(script, args, sizes: tuple[int, int]) -> dict[str, float]:
     rows = net.buffer.sample_index((1, args.batch_size))[0]
     with speed.counting_climbed(script) as climbed:
         critic = speed.repeat(lambda: speed.critic_step(script, net, args, rows), 0.5, device)
+    sizes = sizes[0], args.chunk * sizes[1]  # of a decision
     return {"cloning": cost.policy_update_flops(args, *sizes, batch) / statistics.median(cloning),
             "critic": cost.critic_update_flops(args, *sizes, climbed()) / statistics.median(critic)}  # fmt: skip
 
@@ -613,7 +615,7 @@ def by_arithmetic(job: Job) -> tuple[float, float, float, str]:
         sizes = env.observation_space.shape[0], env.action_space.shape[0]
         episode = env.spec.max_episode_steps if env.spec and env.spec.max_episode_steps else 1_000
         rows = args.dataset_size or {"pointmaze": 40_000}.get(job.task.split("-")[0], 1_000_000)
-        flops = phase_flops(args, *sizes, rows, episode)
+        flops = phase_flops(args, sizes[0], getattr(args, "chunk", 1) * sizes[1], rows, episode)
         if not flops:  # a baseline's is not counted
             return math.nan, math.nan, math.nan, "unknown until one has run"
         rates = rates_of(script, args, sizes)

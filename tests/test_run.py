@@ -277,6 +277,15 @@ def test_what_cannot_be_run_is_one_line(flags, words, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_an_estimate_counts_all_steps_of_a_chunk(monkeypatch):
+    counted = []
+    monkeypatch.setattr(run, "rates_of", lambda script, args, sizes: {"cloning": 1.0, "critic": 1.0})
+    monkeypatch.setattr(run, "phase_flops", lambda args, *sizes: counted.append(sizes) or {"cloning": 1, "online": 1})
+    for flags in ((), (("chunk", "5"),)):
+        run.by_arithmetic(run.Job("a", "parl_diffusion_calql.py", "pointmaze-medium-v0", 1, flags))
+    assert [action_dim for _, action_dim, *_ in counted] == [2, 10]
+
+
 def test_a_dry_run_tells_commands_time_and_disk(tmp_path, capsys):
     run.main(["--suite", "table4", "--dry-run", "--results", str(tmp_path / "r"), "--slots", "2", "--only", "local"])
     out = capsys.readouterr().out
