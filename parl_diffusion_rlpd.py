@@ -131,7 +131,7 @@ PRESETS: dict[str, dict] = {
         num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False,
         distill_selection="sample", utd=4.0, distill_ratio=0.05, compile="no"),
     "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_hidden=192, num_cloning_steps=12_000, utd=1.0,
-        num_online_episodes=100, num_online_evals=4, critic_lr=3e-4, target_tau=0.005, num_samples=8, num_keep=1,
+        num_online_episodes=160, num_online_evals=4, critic_lr=3e-4, target_tau=0.005, num_samples=8, num_keep=1,
         distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True, distill_selection="greedy"),
 }  # fmt: skip
 

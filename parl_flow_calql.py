@@ -25,9 +25,8 @@ eq. 4.4       dataset of optimized actions      | distill
 app. B.1      argmax or samples                 | choose_greedy_distillation
 alg. 2        line 1 / 3-4 / 5-8                | main: phases 1 / 2 / 3
 
-The first ten minutes: `global_optimization`, `local_optimization`, `optimize_actions`, `distill` and `main`. These five
-are PA-RL; the rest is what it is combined with (policy, critic, loss) and plumbing. Nothing in `benchmarks/harness/`
-(folders, flags, checkpoints, evaluation, the same critic made fast) decides what is learned.
+The first ten minutes: `global_optimization`, `local_optimization`, `optimize_actions`, `distill`, `main`: PA-RL. The
+rest is what it is combined with. Nothing in `benchmarks/harness/` (flags, folders, speed) decides what is learned.
 
 Algorithm 1 as printed leaves its loop at the first step that helps; section 4.3's text says what is meant ("only
 execute a local update if it increases the Q-value") and is what `local_optimization` does. The authors' release
@@ -119,9 +118,8 @@ PRESETS: dict[str, dict] = {
     "kitchen": dict(critic_hidden=(512, 512, 512), num_offline_steps=500_000, reward_bias=-4.0, reward_min=-4.0,
                     sparse_reward=False, greedy_rollouts=False, sample_backup=True),
     "ogbench": dict(reward_bias=0.0, reward_min=0.0),  # its rewards are minus the number of parts left to do
-    # Sized for two CPU cores. One-step TD carries value over a horizon of H decisions in about H / target_tau updates;
-    # here a good way takes 10 to 15 decisions, hence the faster target and the smaller discount. Fewer candidates and
-    # steps than the paper's 32, 10 and 10 are for the time they take; what they cost in success was not measured.
+    # For two CPU cores. One-step TD carries value over H decisions (here 10 to 15) in about H / target_tau updates:
+    # hence the faster target. Fewer candidates and steps than the paper's save time; what they cost was not measured.
     "pointmaze": dict(
         num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50, compile="no",
         eval_processes=False, num_offline_evals=3, num_online_evals=4, log_every=50, policy_hidden=64, policy_blocks=2,
@@ -137,9 +135,9 @@ PRESETS: dict[str, dict] = {
         critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64, cql_actions=2,
         num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False,
         distill_selection="sample", utd=0.5, distill_ratio=0.05, compile="no"),
-    "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_hidden=192, flow_steps=5, num_cloning_steps=12_000,
+    "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_hidden=192, num_cloning_steps=12_000, cql_actions=4,
         num_offline_steps=20_000, num_online_episodes=60, critic_lr=3e-4, target_tau=0.005, num_samples=16, num_keep=1,
-        cql_actions=4, distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True, distill_selection="greedy"),
+        distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True, distill_selection="greedy", flow_steps=5),
 }  # fmt: skip
 
 
