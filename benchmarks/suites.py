@@ -10,7 +10,7 @@ ablation, they are our choice. What a suite names and the repository does not ha
 """
 
 CALQL, IQL, RLPD = "parl_diffusion_calql.py", "parl_diffusion_iql.py", "parl_diffusion_rlpd.py"
-TRANSFORMER = "parl_transformer_calql.py"
+TRANSFORMER, FLOW = "parl_transformer_calql.py", "parl_flow_calql.py"
 CALQL_GAUSSIAN, RLPD_GAUSSIAN = "benchmarks/baselines/calql_gaussian.py", "benchmarks/baselines/rlpd_gaussian.py"
 GAUSSIAN, CEM = "benchmarks/baselines/parl_gaussian_calql.py", "benchmarks/baselines/cem_calql.py"
 IDQL, DQL, DPPO = "benchmarks/baselines/idql.py", "benchmarks/baselines/dql.py", "benchmarks/baselines/dppo.py"
@@ -106,10 +106,10 @@ SUITES: dict[str, dict] = {
                  "diffusion, RLPD": RLPD},
         paper=dict(tasks=LARGE, seeds=5)),
     "cube-single": dict(
-        what="OGBench's cube (not of the paper): PA-RL with each critic, two baselines and cloning",
-        methods={"PA-RL + Cal-QL": CALQL, "PA-RL + IQL": IQL, "PA-RL + RLPD": RLPD, "IDQL": IDQL,
-                 "Cal-QL (Gaussian)": CALQL_GAUSSIAN, "RLPD (Gaussian)": RLPD_GAUSSIAN,
-                 "cloning": f"{CALQL} num-offline-steps=0 num-online-episodes=0"},
-        laptop=dict(tasks=CUBE, seeds=3, flags="preset=laptop dataset-size=100000 dataset-source=local"),
+        what="OGBench's cube (not of the paper), at laptop size in chunks of five: PA-RL with each critic, baselines",
+        methods={"PA-RL + Cal-QL": CALQL, "PA-RL + Cal-QL (flow)": FLOW, "PA-RL + IQL": IQL, "PA-RL + RLPD": RLPD,
+                 "IDQL": IDQL, "Cal-QL (Gaussian)": CALQL_GAUSSIAN, "RLPD (Gaussian)": RLPD_GAUSSIAN,
+                 "iterated filtered BC": FILTERED},
+        laptop=dict(tasks=CUBE, seeds=3, flags="preset=laptop-chunk dataset-source=local"),
         paper=dict(tasks=CUBE, seeds=5)),
 }  # fmt: skip

@@ -99,6 +99,10 @@ PRESETS: dict[str, dict] = {
         dataset_size=200_000, num_offline_steps=6_000, num_online_episodes=20, eval_episodes=50, num_offline_evals=1,
         num_online_evals=1, policy_lr=5e-4, ensemble_size=2, critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128,
         target_tau=0.02, num_bins=64, cql_actions=2, utd=0.5, compile="no"),
+    # On top of that, the flags of parl_diffusion_calql.py's preset of that name, as far as they are here
+    "laptop-chunk": dict(
+        chunk=5, dataset_size=100_000, cql_actions=4, num_offline_steps=20_000, num_online_episodes=60, critic_lr=3e-4,
+        target_tau=0.005),
 }  # fmt: skip
 
 

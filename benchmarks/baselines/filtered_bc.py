@@ -78,6 +78,10 @@ PRESETS: dict[str, dict] = {
         dataset_size=200_000, num_cloning_steps=10_000, num_online_episodes=20, eval_episodes=50, num_online_evals=1,
         policy_hidden=128, policy_blocks=2, policy_dropout=0.0, cloning_batch_size=256, policy_lr=1e-3,
         policy_warmup=500, batch_size=128, cloning_ratio=0.05, compile="no"),
+    # On top of that, the flags of parl_diffusion_rlpd.py's preset of that name, as far as they are here
+    "laptop-chunk": dict(
+        chunk=5, dataset_size=100_000, policy_hidden=192, num_cloning_steps=12_000, num_online_episodes=160,
+        num_online_evals=4),
 }  # fmt: skip
 
 

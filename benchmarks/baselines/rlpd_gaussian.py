@@ -90,6 +90,10 @@ PRESETS: dict[str, dict] = {
         dataset_size=200_000, num_online_episodes=30, eval_episodes=50, num_online_evals=1, policy_lr=5e-4,
         ensemble_size=2, critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64,
         utd=4.0, compile="no"),
+    # On top of that, the flags of parl_diffusion_rlpd.py's preset of that name, as far as they are here
+    "laptop-chunk": dict(
+        chunk=5, dataset_size=100_000, utd=1.0, num_online_episodes=160, num_online_evals=4, critic_lr=3e-4,
+        target_tau=0.005),
 }  # fmt: skip
 
 
