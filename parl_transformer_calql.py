@@ -7,7 +7,7 @@ Nothing differentiates through the sampling, so that the tokens are no obstacle.
 
     python parl_transformer_calql.py                                      # a small maze on a laptop: minutes
     python parl_transformer_calql.py --env-id antmaze-large-diverse-v2    # the paper's setting, for one GPU
-    python parl_transformer_calql.py --env-id antmaze-umaze-v2 --preset laptop
+    python parl_transformer_calql.py --env-id cube-single-play-singletask-v0 --preset laptop-chunk
     python parl_transformer_calql.py --resume runs/<folder>               # continue after a stop, in any phase
 
 paper                                           | here
@@ -29,9 +29,8 @@ The first ten minutes: `global_optimization`, `local_optimization`, `optimize_ac
 are PA-RL; the rest is what it is combined with (policy, critic, loss) and plumbing. Nothing in `benchmarks/harness/`
 (folders, flags, checkpoints, evaluation, the same critic made fast) decides what is learned.
 
-Where the paper is silent or the authors' release differs, see `parl_diffusion_calql.py`. The paper does not say what
-the transformer looks like inside: here it is a pre-norm GPT block. As the release has them, the first and the last of
-the tokens' values are the limits of the action space.
+Where the paper is silent or the authors' release differs, see `parl_diffusion_calql.py`. The paper does not say what is
+inside the transformer: here a pre-norm GPT. As in the release, the first and the last token are the action's limits.
 """
 
 import copy
@@ -135,6 +134,10 @@ PRESETS: dict[str, dict] = {
         critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64, cql_actions=2, num_samples=4, num_keep=4,
         num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False, distill_selection="sample", utd=0.5,
         distill_ratio=0.05, compile="no"),
+    "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_width=64, cloning_batch_size=128, policy_lr=1e-3,
+        num_cloning_steps=12_000, cql_actions=4, num_offline_steps=20_000, num_online_episodes=60, critic_lr=3e-4,
+        target_tau=0.005, num_samples=8, num_keep=1, distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True,
+        distill_selection="greedy"),
 }  # fmt: skip
 
 
@@ -215,10 +218,9 @@ class TransformerPolicy(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs, num_samples, noise=None):
-        """Draw actions token by token at temperature 1.
+        """Actions drawn token by token at temperature 1: obs (B, O), n per state -> (B, n, A), values of tokens.
 
-        obs (B, O), num_samples n per state -> actions (B, n, A), values of tokens. noise (B, n, A) uniform in [0, 1),
-        where the cumulated probabilities are cut; None: drawn here.
+        noise (B, n, A) uniform in [0, 1), where the cumulated probabilities are cut; None: drawn here.
         """
         noise = self.draw_noise(obs, num_samples) if noise is None else noise
 
@@ -230,10 +232,9 @@ class TransformerPolicy(nn.Module):
 
     @torch.no_grad()
     def decode(self, obs, num_samples, choose):
-        """Tokens (B, n, A), position by position, each computed once.
+        """Tokens (B, n, A), position by position; choose(i, logits (B, n, bins)) -> tokens (B, n) of dimension i.
 
-        The observation's keys and values are computed once per state and shared by its n samples; those of the tokens
-        are kept. choose(i, logits (B, n, bins)) -> tokens (B, n) of dimension i.
+        The observation's keys and values are computed once per state and shared by its samples; the tokens' are kept.
         """
         B, n, A = len(obs), num_samples, self.action_dim
         x = (self.observation(obs) + self.position[0])[:, None]

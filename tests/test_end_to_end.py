@@ -286,7 +286,10 @@ def test_presets_follow_the_task(env_id, preset, reward_bias):
     assert (small.preset, small.reward_bias, small.ensemble_size, small.seed) == ("laptop", reward_bias, 2, 7)
 
 
-CHUNKED = {"parl_diffusion_iql": 32, "parl_diffusion_calql": 16, "parl_flow_calql": 16, "parl_diffusion_rlpd": 8}
+CHUNKED = {
+    "parl_diffusion_iql": 32, "parl_diffusion_calql": 16, "parl_flow_calql": 16, "parl_diffusion_rlpd": 8,
+    "parl_transformer_calql": 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "num_samples"), CHUNKED.items())
