@@ -310,21 +310,52 @@ def test_collected_rows_do_not_depend_on_the_cores():
 
 
 def test_collected_rows_are_what_the_environment_does():
-    arrays, quality = antmaze.collect("antmaze-umaze-v2", 20_000, seed=0)
+    arrays, quality = antmaze.collect("antmaze-umaze-v2", 20_020, seed=0)
     env = AntMaze(MAPS["umaze"])
     env.reset(seed=0)
     for row in range(0, 19_990, 1051):
-        if arrays["timeouts"][row] or arrays["terminals"][row]:
+        if arrays["timeouts"][row]:
             continue
         env.data.qacc_warmstart[:] = 0
         env.set_state(arrays["infos/qpos"][row].astype(float), arrays["infos/qvel"][row].astype(float))
         obs = env.step(arrays["actions"][row])[0]
         np.testing.assert_allclose(obs, arrays["observations"][row + 1], atol=2e-2)
-    assert np.abs(arrays["actions"]).max() <= 1 and arrays["timeouts"][-1] | arrays["terminals"][-1]
-    assert arrays["rewards"].sum() == arrays["terminals"].sum()
-    # the walker walks: legs are reached without falling, and umaze's trajectories, sent to the goal, get there
-    assert quality["legs_reached"] >= 0.9 and quality["legs_fallen"] <= 0.02 and quality["mean_speed"] > 0.5
-    assert arrays["terminals"].sum() >= 25
+    assert np.abs(arrays["actions"]).max() <= 1
+    # the walker walks, and umaze's trajectories, sent to the goal's cell, get there and stay
+    assert quality["goals_reached"] > 1 and quality["mean_speed"] > 0.4 and quality["fell"] <= 0.2
+    assert quality["task_success"] >= 0.8 and arrays["terminals"].mean() > 0.1
+
+
+@pytest.mark.parametrize("env_id", ["antmaze-umaze-v2", "antmaze-medium-diverse-v2"])
+def test_a_file_has_one_goal_and_its_trajectories_run_on(env_id):
+    """D4RL's: 1,001 steps whatever happens, and a row is rewarded by where it ends, by one goal for the whole file."""
+    arrays, quality = antmaze.collect(env_id, 14_014, seed=3)  # two chunks
+    assert np.array_equal(np.flatnonzero(arrays["timeouts"]), np.arange(1_000, 14_014, 1_001))
+    goal = arrays["infos/goal"][0]
+    assert (arrays["infos/goal"] == goal).all()
+    noise = goal - (cells := Maze(MAPS[env_id.split("-")[1]])).cell_rowcol_to_xy(cells.goal_cell)
+    assert (noise >= 0).all() and (noise <= 1.5).all()
+    inside = np.linalg.norm(arrays["observations"][1:, :2] - goal, axis=1) <= 0.5
+    inner = ~arrays["timeouts"][:-1]  # whose next row is the same trajectory's
+    assert np.array_equal(arrays["terminals"][:-1][inner], inside[inner])
+    assert np.array_equal(arrays["rewards"], arrays["terminals"].astype(np.float32))
+    if env_id == "antmaze-umaze-v2":
+        both = arrays["terminals"][:-1] & arrays["terminals"][1:]
+        assert both.sum() > 100 and quality["task_success"] > 0.5  # terminal rows one after the other
+    assert quality["trajectories"] == 14
+
+
+def test_a_goal_that_was_reached_is_left_after_a_rest(monkeypatch):
+    goals = []
+    monkeypatch.setattr(antmaze, "_waypoint", lambda rng, maze, xy, goal, following: goals.append(goal) or goal)
+    monkeypatch.setattr(antmaze, "_draw_start_and_goal", lambda *_: ((3, 1), (3, 1)))  # no wall is in the way
+    arrays, counts = antmaze.collect_chunk("antmaze-umaze-diverse-v2", 0, 0, 1_001)
+    drawn = [i for i in range(1_001) if i == 0 or goals[i] is not goals[i - 1]]
+    assert counts["reached"] >= len(drawn) - 1
+    for first, after in zip(drawn, drawn[1:]):
+        away = np.linalg.norm(arrays["observations"][first + 1 : after + 1, :2] - goals[first], axis=1) > 0.5
+        assert after == first + np.argmin(away) + antmaze.REST + 1  # the step of the arrival, and so many more
+    assert len(drawn) > 3
 
 
 def test_play_and_diverse_draw_from_their_lists():
@@ -344,12 +375,19 @@ def test_play_and_diverse_draw_from_their_lists():
 def test_waypoints_lead_along_a_shortest_way():
     rng, maze = np.random.default_rng(0), Maze(MAPS["large"])
     goal, xy, cells = maze.cell_rowcol_to_xy((7, 9)), np.zeros(2), [(1, 1)]
+    following = antmaze._ways_to(maze, (7, 9))
+    assert set(following) == set(maze.free)
     while cells[-1] != (7, 9):
-        (x, y), _ = antmaze._next_leg(rng, maze, xy, goal)
+        x, y = antmaze._waypoint(rng, maze, xy, goal, following)
+        assert (x, y) != tuple(antmaze._waypoint(rng, maze, xy, goal, following)) or cells[-1] == (7, 8)  # drawn anew
         cells.append(maze.cell_xy_to_rowcol((x, y)))
         xy = maze.cell_rowcol_to_xy(cells[-1])
     steps = [abs(a[0] - b[0]) + abs(a[1] - b[1]) for a, b in zip(cells, cells[1:])]
     assert set(steps) == {1} and len(steps) == 14 and set(cells) <= set(maze.free)
+    # as soon as the ant is over a border, it heads for the next cell but one
+    before, after = (np.array([0.0, y]) for y in (1.99, 2.01))
+    cell_ahead = [maze.cell_xy_to_rowcol(antmaze._waypoint(rng, maze, xy, goal, following)) for xy in (before, after)]
+    assert cell_ahead[0] == following[(1, 1)] and cell_ahead[1] == following[following[(1, 1)]]
 
 
 def test_a_missing_walker_is_named(tmp_path):

@@ -5,8 +5,8 @@ it. The environment is D4RL's definition of v2, rebuilt on the `mujoco` package:
 (facts from the `d4rl` package). One difference is MuJoCo's own: since 2.1.2 a capsule's inertia is exact where it was
 that of a cylinder.
 
-The data is D4RL's HDF5 file, downloaded; without network it is collected here after D4RL's protocol, by the walking
-policy of `ant_walker.py` along shortest paths. See `load_dataset` and benchmarks/tasks/README.md.
+The data is D4RL's HDF5 file, downloaded; without network it is collected here as D4RL collected and relabelled its own,
+by the walking policy of `ant_walker.npz`, which does not stay at a goal as D4RL's does. See `collect_chunk`, README.md.
 """
 
 import collections
@@ -188,9 +188,7 @@ class AntMaze(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         rng = self.np_random
-        # the goal cell's centre, its two noises, and D4RL's clip at 0
-        self.goal = self.maze.cell_rowcol_to_xy(self.maze.goal_cell) + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2)
-        self.goal = np.maximum(self.goal, 0.0)
+        self.goal = _point_near(rng, self.maze, self.maze.goal_cell)
         self.model.site("goal").pos[:2] = self.goal
         mujoco.mj_resetData(self.model, self.data)
         self.set_state(*noisy_ant_state(self.model, rng))
@@ -275,9 +273,11 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         collect,
         collect_chunk,
         _draw_start_and_goal,
-        _next_leg,
+        _point_near,
+        _ways_to,
+        _waypoint,
     )
-    recipe = "".join(inspect.getsource(part) for part in parts) + file_sha256(WEIGHTS)
+    recipe = "".join(inspect.getsource(part) for part in parts) + f"{TRAJECTORY} {CHUNK} {REST} {file_sha256(WEIGHTS)}"
     recipe = hashlib.sha256(recipe.encode()).hexdigest()[:8]
     file = cache_dir() / "antmaze-local" / f"{env_id}-{size}-seed{seed}-{recipe}.hdf5"
     with one_at_a_time(file):
@@ -361,89 +361,83 @@ def _write_hdf5(file, arrays: dict, attributes: dict) -> None:
 def collect(env_id: str, size: int, seed: int, processes: int | None = None) -> tuple[dict, dict]:
     """D4RL's protocol with our walker: arrays of D4RL's layout, and how well it went.
 
-    Returns the arrays (size rows) and, of the whole collection, `legs_reached` and `legs_fallen` (shares of the
-    waypoint legs), `mean_speed` (m/s, over reached legs), `commanded_goals_reached` and `task_success` (shares of
-    trajectories).
+    The file has one goal, near the centre of the evaluation's goal cell: a row is terminal with reward 1 if its next
+    position is within `GOAL_RADIUS` of it, whatever the ant was doing there, and the trajectory goes on.
+
+    Returns the arrays (size rows) and, of the whole collection, the number of `trajectories`, the `goals_reached` by
+    each of them, the `mean_speed` (m/s, from goal to goal, in a straight line), and the shares of the trajectories
+    that `fell` and of those with a rewarded row (`task_success`), and the number of `rewarded_rows`.
     """
     load_walker()  # complain before any process starts
-    sizes = [min(10_000, size - first) for first in range(0, size, 10_000)]
+    sizes = [min(CHUNK, size - first) for first in range(0, size, CHUNK)]
     if len(sizes) > 1 and sizes[-1] < 1_000:  # no chunk of a few steps
         sizes[-2:] = [sizes[-2] + sizes[-1]]
     jobs = [(env_id, seed, number, rows) for number, rows in enumerate(sizes)]
     chunks, counts = zip(*collect_in_chunks(collect_chunk, jobs, f"collecting {env_id}", processes))
     arrays = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
     total = sum(counts, collections.Counter())
-    legs, trajectories = max(1, total["legs"]), max(1, total["trajectories"])
+    trajectories = total["trajectories"]
     return arrays, {
-        "legs_reached": total["reached"] / legs, "legs_fallen": total["fallen"] / legs,
-        "mean_speed": total["metres"] / max(0.1, total["seconds"]), "trajectories": trajectories,
-        "commanded_goals_reached": total["commanded"] / trajectories, "task_success": total["success"] / trajectories,
+        "trajectories": trajectories, "goals_reached": total["reached"] / trajectories,
+        "mean_speed": total["metres"] / max(0.1, total["seconds"]), "fell": total["fell"] / trajectories,
+        "task_success": total["success"] / trajectories, "rewarded_rows": int(arrays["terminals"].sum()),
     }  # fmt: skip
 
 
 def collect_chunk(env_id: str, seed: int, number: int, size: int) -> tuple[dict, collections.Counter]:
-    """`size` rows of trajectories: start and goal are drawn, and the walker follows the shortest way, with noise.
+    """`size` rows of trajectories of 1,001 steps: start and goal are drawn, and the walker goes there, with noise.
 
-    `umaze` starts at the reset cell and heads for the task's goal. `play` draws both from the hand-picked cells,
-    `diverse` from all free ones. A trajectory ends at the task's goal (terminal), at the one it was sent to, or at the
-    time limit. The reward and the task's goal are those of the evaluation, whose goal cell is one of the drawn ones.
+    `umaze` starts at the reset cell and heads for the task's goal cell. `play` draws both from the hand-picked cells,
+    `diverse` from all free ones. The ant never stops: `REST` steps after it was first within `GOAL_RADIUS` of its goal,
+    around which it walks meanwhile, another is drawn (in `umaze` in the same cell).
     """
     rng = np.random.default_rng([seed, number])
     _, maze_name, *variant = env_id.removesuffix("-v2").split("-")
     env, walk = AntMaze(MAPS[maze_name]), load_walker()
     maze = env.maze
     env.reset(seed=int(rng.integers(2**31)))
+    env.goal = task_goal = _point_near(np.random.default_rng(seed), maze, maze.goal_cell)  # the file's
     rows, counts = collections.defaultdict(list), collections.Counter()
     while len(rows["rewards"]) < size:
-        env.reset()
         start, cell = _draw_start_and_goal(rng, maze, maze_name, variant)
-        goal = env.goal if cell == maze.goal_cell else np.maximum(
-            maze.cell_rowcol_to_xy(cell) + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2), 0.0
-        )  # fmt: skip
         qpos, qvel = noisy_ant_state(env.model, rng)
         if variant:  # several starts: anywhere near the cell's centre
             qpos[:2] = np.maximum(maze.cell_rowcol_to_xy(start) + rng.uniform(0, 1, 2), 0.0)
         env.set_state(qpos, qvel)
-        obs, leg, counts["trajectories"] = ant_observation(env.data), None, counts["trajectories"] + 1
-        for step in range(MAX_STEPS[maze_name]):
-            if leg is None:
-                leg = _next_leg(rng, maze, obs[:2], goal)
-                leg_start, leg_steps = obs[:2].copy(), 0
-                counts["legs"] += 1
-            action = np.clip(walk(obs, leg[0] - obs[:2]) + 0.2 * rng.standard_normal(ACTIONS), -1.0, 1.0).astype(
-                np.float32
-            )
+        obs, goal, success, counts["trajectories"] = ant_observation(env.data), None, False, counts["trajectories"] + 1
+        for step in range(TRAJECTORY):
+            if goal is None:
+                goal, following = _point_near(rng, maze, cell), _ways_to(maze, cell)
+                origin, began, arrived = obs[:2].copy(), step, None
+            waypoint = _waypoint(rng, maze, obs[:2], goal, following)
+            action = np.clip(walk(obs, waypoint - obs[:2]) + 0.2 * rng.standard_normal(ACTIONS), -1, 1)
+            action = action.astype(np.float32)
             qpos, qvel = env.data.qpos.copy(), env.data.qvel.copy()
             next_obs, reward, terminated, _, _ = env.step(action)
-            leg_steps += 1
-            arrived = bool(np.hypot(*(next_obs[:2] - goal)) <= GOAL_RADIUS)
-            at_waypoint = bool(np.hypot(*(next_obs[:2] - leg[0])) <= leg[1])
-            end_of_chunk = len(rows["rewards"]) + 1 == size
-            timeout = not terminated and (arrived or end_of_chunk or step == MAX_STEPS[maze_name] - 1)
-            row = (obs, action, reward, terminated, timeout, goal, qpos, qvel)
+            timeout = step == TRAJECTORY - 1 or len(rows["rewards"]) + 1 == size
+            row = (obs, action, reward, terminated, timeout, task_goal, qpos, qvel)
             for key, value in zip((*KEYS, *INFO_KEYS), row):
                 rows[key].append(value)
-            obs = next_obs
-            fallen = upright(obs) < 0  # D4RL lets it lie on its back, and so do we
-            if at_waypoint or terminated:
-                counts["reached"] += 1
-                counts["metres"] += float(np.hypot(*(obs[:2] - leg_start)))
-                counts["seconds"] += leg_steps * 0.1
-            elif fallen and leg_steps == LEG_STEPS:
-                counts["fallen"] += 1
-            if at_waypoint or terminated or leg_steps == LEG_STEPS:
-                leg = None
-            elif timeout:
-                counts["legs"] -= 1  # cut short, neither reached nor missed
-            if terminated or timeout:
-                counts["commanded"] += arrived
-                counts["success"] += terminated
+            obs, success = next_obs, success or terminated
+            if arrived is None and np.hypot(*(obs[:2] - goal)) <= GOAL_RADIUS:
+                arrived, counts["reached"] = step, counts["reached"] + 1
+                counts["metres"] += float(np.hypot(*(goal - origin)))
+                counts["seconds"] += 0.1 * (step + 1 - began)
+            if arrived is not None and step >= arrived + REST:
+                goal, (_, cell) = None, _draw_start_and_goal(rng, maze, maze_name, variant)
+            if timeout:
                 break
+        counts["fell"] += upright(obs) < 0  # D4RL lets it lie on its back, and so do we
+        counts["success"] += success
     types = dict.fromkeys(rows, np.float32) | {"terminals": bool, "timeouts": bool}
     return {key: np.array(value, types[key]) for key, value in rows.items()}, counts
 
 
-LEG_STEPS = 150  # decisions after which a way to a waypoint counts as missed and is planned anew
+TRAJECTORY = 1_001  # steps, D4RL's; the last one has no next row
+CHUNK = 10 * TRAJECTORY  # rows of one job
+# Steps around a goal before the next is drawn. D4RL's ants stay for the rest of their trajectory: ours, which walks
+# 1 m/s and arrives early, would then be shown circling in most rows, and seldom walking (our choice; see README.md).
+REST = 50
 
 
 def _draw_start_and_goal(rng, maze: Maze, name: str, variant: list[str]):
@@ -457,17 +451,28 @@ def _draw_start_and_goal(rng, maze: Maze, name: str, variant: list[str]):
     return starts[rng.integers(len(starts))], goal
 
 
-def _next_leg(rng, maze: Maze, xy, goal):
-    """The point to walk to next and how near counts as there: the goal, or a point in the next cell on the way."""
-    cell, goal_cell = maze.cell_xy_to_rowcol(xy), maze.cell_xy_to_rowcol(goal)
+def _point_near(rng, maze: Maze, cell) -> np.ndarray:
+    """D4RL's goal (2,) for a cell: its centre and two noises, clipped at 0."""
+    return np.maximum(maze.cell_rowcol_to_xy(cell) + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2), 0.0)
+
+
+def _ways_to(maze: Maze, goal_cell) -> dict:
+    """Each free cell's neighbour on a shortest way to `goal_cell`, breadth first from there."""
     following, queue = {goal_cell: goal_cell}, collections.deque([goal_cell])
-    while queue and cell not in following:  # breadth first from the goal: each cell's neighbour towards it
+    while queue:
         for neighbour in maze.neighbours(queue[0]):
             if neighbour not in following:
                 following[neighbour] = queue[0]
                 queue.append(neighbour)
         queue.popleft()
+    return following
+
+
+def _waypoint(rng, maze: Maze, xy, goal, following: dict) -> np.ndarray:
+    """Where to walk now (2,): the goal from its own cell and the next to it, else near the next cell's centre.
+
+    D4RL draws it anew at every step, so that the ant heads for the next cell but one as soon as it crosses a border.
+    """
+    cell, goal_cell = maze.cell_xy_to_rowcol(xy), maze.cell_xy_to_rowcol(goal)
     following = following.get(cell, goal_cell)
-    if following == goal_cell:
-        return goal, GOAL_RADIUS
-    return maze.cell_rowcol_to_xy(following) + rng.uniform(0, 1, 2), 1.0
+    return goal if following == goal_cell else maze.cell_rowcol_to_xy(following) + rng.uniform(0, 1, 2)
