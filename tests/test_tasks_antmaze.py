@@ -333,7 +333,8 @@ def test_a_file_has_one_goal_and_its_trajectories_run_on(env_id):
     assert np.array_equal(np.flatnonzero(arrays["timeouts"]), np.arange(1_000, 14_014, 1_001))
     goal = arrays["infos/goal"][0]
     assert (arrays["infos/goal"] == goal).all()
-    noise = goal - (cells := Maze(MAPS[env_id.split("-")[1]])).cell_rowcol_to_xy(cells.goal_cell)
+    maze = Maze(MAPS[env_id.split("-")[1]])
+    noise = goal - maze.cell_rowcol_to_xy(maze.goal_cell)
     assert (noise >= 0).all() and (noise <= 1.5).all()
     inside = np.linalg.norm(arrays["observations"][1:, :2] - goal, axis=1) <= 0.5
     inner = ~arrays["timeouts"][:-1]  # whose next row is the same trajectory's

@@ -475,6 +475,7 @@ def _waypoint(rng, maze: Maze, xy, goal, following: dict) -> np.ndarray:
 
     D4RL draws it anew at every step, so that the ant heads for the next cell but one as soon as it crosses a border.
     """
-    cell, goal_cell = maze.cell_xy_to_rowcol(xy), maze.cell_xy_to_rowcol(goal)
-    following = following.get(cell, goal_cell)
-    return goal if following == goal_cell else maze.cell_rowcol_to_xy(following) + rng.uniform(0, 1, 2)
+    ahead = following.get(maze.cell_xy_to_rowcol(xy))
+    if ahead is None or following[ahead] == ahead:  # the goal's cell alone follows itself; None: a leg over a wall
+        return goal
+    return maze.cell_rowcol_to_xy(ahead) + rng.uniform(0, 1, 2)
