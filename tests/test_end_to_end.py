@@ -26,6 +26,7 @@ import torch
 import parl_diffusion_calql as script
 from benchmarks.harness import cli, runs
 from benchmarks.report import Curves
+from benchmarks.run import Options as Runner
 from benchmarks.tasks import TaskError, load_dataset, make_env
 from benchmarks.tasks.dataset import ARRAYS, Dataset, write_npz
 
@@ -512,7 +513,8 @@ def test_the_readme_names_real_flags_and_files():
     text = (ROOT / "README.md").read_text()
     flags = set(re.findall(r"`(--[a-z][a-z0-9-]*)", text)) | set(re.findall(r"(?<=\s)(--[a-z][a-z0-9-]+)", text))
     scripts = [importlib.import_module(path.stem) for path in ROOT.glob("parl_*.py")]
-    fields = {name for one in scripts for name in one.Args.__dataclass_fields__} | set(Curves.__dataclass_fields__)
+    programs = [*(script.Args for script in scripts), Curves, Runner]
+    fields = {name for one in programs for name in one.__dataclass_fields__}
     names = [name.replace("_", "-") for name in fields]
     known = {"--" + name for name in names} | {"--no-" + name for name in names}
     outside = {"--help", "--script", "--case", "--index-url"}
