@@ -9,7 +9,7 @@
 reached) and prints the table for the README. `curves` reads the runs' metrics.csv and config.json, or what `keep`
 copied: a thin line is one run, a thick one the mean of the runs that share a label. `tables` compares methods over
 tasks and seeds, with intervals, curves and a page to open in a browser (benchmarks/tables.py). `readme` writes the
-numbers of the default task into the two READMEs, from results.json.
+tables of the two READMEs, from results.json.
 """
 
 import csv
@@ -72,7 +72,7 @@ class Tables:
 
 @dataclass
 class Readme:
-    """Write the numbers of the default task into README.md and benchmarks/README.md, between their markers."""
+    """Write the tables of results into README.md and benchmarks/README.md, between their markers."""
 
     root: pathlib.Path = pathlib.Path(__file__).resolve().parent.parent  # the checkout
 
@@ -274,24 +274,89 @@ def scripts_table(results: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+def rate_cell(document: dict, label: str, long: bool) -> str:
+    """One phase's success: the mean, and with `long` its interval and every seed; empty where there is none."""
+    whole = document["mean"].get(label)
+    if whole is None:
+        return ""
+    rate, low, high = (f"{100 * whole[key]:.0f}" for key in ("success_rate", "low", "high"))
+    seeds = ", ".join(f"{100 * run[label]['success_rate']:.0f}" for run in document["runs"] if label in run)
+    return f"**{rate} %** ({low} to {high}): {seeds}" if long else f"{rate} %"
+
+
+def seconds_of(run: dict) -> float:
+    """What a run took, by its own clock."""
+    return max(run[label]["seconds"] for label in LABELS.values() if label in run)
+
+
 def default_task_table(results: pathlib.Path) -> str:
     """benchmarks/README.md's: the same with intervals, and every seed."""
     lines = ["| script | seeds | cloned | after offline RL | after online RL | time |", "|---|---|---|---|---|---|"]
     for name, (short, *_) in DEFAULT_TASK.items():
-        document, cells = json.loads((results / name / "results.json").read_text()), []
-        for label in LABELS.values():
-            rates = [run[label]["success_rate"] for run in document["runs"] if label in run]
-            whole = document["mean"].get(label)
-            text = "" if whole is None else "**{:.0f} %** ({:.0f} to {:.0f}): ".format(
-                *(100 * whole[key] for key in ("success_rate", "low", "high")))  # fmt: skip
-            cells.append(text + ", ".join(f"{100 * rate:.0f}" for rate in rates))
-        seconds = [max(run[label]["seconds"] for label in LABELS.values() if label in run) for run in document["runs"]]
+        document = json.loads((results / name / "results.json").read_text())
+        cells = [rate_cell(document, label, True) for label in LABELS.values()]
+        seconds = [seconds_of(run) for run in document["runs"]]
         head = f"[{short}](results/{name}/results.json) | {len(document['runs'])}"
         lines.append(f"| {head} | {' | '.join(cells)} | {min(seconds):.0f} to {max(seconds):.0f} s |")
     return "\n".join(lines)
 
 
-GENERATED = {"README.md": ("scripts", scripts_table), "benchmarks/README.md": ("default task", default_task_table)}
+# The same of other experiments, one a line: a folder in benchmarks/results -> what it is called
+CUBE = {
+    "cube-single-chunk/flow-calql": "PA-RL + Cal-QL, flow policy",
+    "cube-single-chunk/diffusion-calql": "PA-RL + Cal-QL",
+    "cube-single-chunk/diffusion-rlpd": "PA-RL + RLPD",
+    "cube-single-chunk": "PA-RL + IQL",
+    "cube-single-chunk/idql": "for comparison: IDQL",
+    "cube-single-chunk/calql_gaussian": "Cal-QL, Gaussian (not tuned)",
+}
+CUBE_MORE = CUBE | {
+    "cube-single-chunk/rlpd_gaussian": "RLPD, Gaussian (not tuned)",
+    "cube-single-chunk/filtered_bc": "iterated filtered cloning",
+    "cube-single-chunk/chunk-5": "PA-RL + IQL, offline only",
+    "cube-single-chunk/chunk-1": "the same with `--chunk 1`",
+}
+BASELINES = {
+    "baselines/parl_gaussian_calql": "PA-RL + Cal-QL with a Gaussian",
+    "baselines/calql_gaussian": "Cal-QL, Gaussian",
+    "baselines/rlpd_gaussian": "RLPD, Gaussian",
+    "baselines/idql": "IDQL",
+    "baselines/dql": "DQL",
+    "baselines/cem_calql": "CEM + Cal-QL from random populations",
+    "baselines/filtered_bc": "iterated filtered cloning",
+    "baselines/dppo": "DPPO",
+}
+
+
+def online_episodes(folder: pathlib.Path) -> int:
+    """Episodes that a kept run had behind it at its last evaluation."""
+    return max(int(row.get("episodes", 0)) for row in read_run(folder)[1])
+
+
+def experiments_table(results: pathlib.Path, experiments: dict[str, str], long: bool) -> str:
+    """A line for each experiment; with `long` intervals, every seed and the time, else the means alone."""
+    lines = ["| | cloned | after offline RL | after online RL | episodes online |" + " minutes a run |" * long]
+    lines.append("|---" * (6 if long else 5) + "|")
+    base = "results" if long else "benchmarks/results"
+    for name, title in experiments.items():
+        document = json.loads((results / name / "results.json").read_text())
+        cells = [rate_cell(document, label, long) for label in LABELS.values()]
+        seeds = [results / name / f"seed{run['seed']}" for run in document["runs"]]
+        cells.append(str(max(map(online_episodes, seeds)) or "none"))
+        cells += [", ".join(f"{seconds_of(run) / 60:.0f}" for run in document["runs"])] * long
+        lines.append(f"| [{title}]({base}/{name}/results.json) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# Page -> its tables: name, and what makes it of benchmarks/results
+GENERATED = {
+    "README.md": {"scripts": scripts_table, "cube": lambda results: experiments_table(results, CUBE, False)},
+    "benchmarks/README.md": {
+        "default task": default_task_table,
+        "baselines": lambda results: experiments_table(results, BASELINES, True),
+        "cube": lambda results: experiments_table(results, CUBE_MORE, True),
+    },
+}
 
 
 def with_table(text: str, name: str, table: str, file: str) -> str:
@@ -305,9 +370,12 @@ def with_table(text: str, name: str, table: str, file: str) -> str:
 
 
 def readme(options: Readme) -> None:
-    for file, (name, make) in GENERATED.items():
+    for file, tables_of_it in GENERATED.items():
         path = options.root / file
-        path.write_text(with_table(path.read_text(), name, make(options.root / "benchmarks/results"), file))
+        text = path.read_text()
+        for name, make in tables_of_it.items():
+            text = with_table(text, name, make(options.root / "benchmarks/results"), file)
+        path.write_text(text)
         print(path)
 
 
