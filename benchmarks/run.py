@@ -22,6 +22,7 @@ Ray sends its tasks as pickles over its own, token-protected connections; this p
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -41,6 +42,7 @@ import time
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+import gymnasium as gym
 import torch
 import tyro
 
@@ -568,11 +570,14 @@ def seconds_of(run: pathlib.Path) -> float:
 def rates_of(script, args, sizes: tuple[int, int]) -> dict[str, float]:
     """Operations per second of a cloning and of a critic update of this script with these arguments, on this machine.
 
-    Measured for about a second each, on noise, by what benchmarks/speed.py measures.
+    Measured for about a second each, on noise, by what benchmarks/speed.py measures; where an update of the critic is
+    of more than a second's work, on a part of its batch (at AntMaze's sizes a fifth below the rate of a whole one).
     """
     from benchmarks import cost, speed
 
     torch.set_num_threads(args.threads or 1)
+    work = cost.critic_update_flops(args, sizes[0], args.chunk * sizes[1])
+    args = dataclasses.replace(args, batch_size=min(args.batch_size, max(16, round(args.batch_size * 2e10 / work))))
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     net = speed.build(script, args, *sizes, device)
     batch = args.cloning_batch_size
@@ -601,24 +606,27 @@ def estimate(job: Job, results: pathlib.Path, cache: dict) -> tuple[float, float
             times = [seconds_of(run) for run in before]
             cache[key] = min(times), max(times), size, f"as {len(before)} finished"
         else:
-            cache[key] = by_arithmetic(job)
+            cache[key] = by_arithmetic(job, cache)
     return cache[key]
 
 
-def by_arithmetic(job: Job) -> tuple[float, float, float, str]:
-    """As `estimate`, for a script whose phases benchmarks/cost.py can count."""
+def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
+    """As `estimate`, for a script whose phases benchmarks/cost.py can count. cache: of the rates by what decides them."""
     from benchmarks.tasks import make_env
 
     script, args = load(job.script), resolved(job.script, job.task, job.flags)
     try:
         env = make_env(job.task)
+        if not isinstance(env.observation_space, gym.spaces.Box):  # a camera's
+            return math.nan, math.nan, math.nan, "unknown until one has run"
         sizes = env.observation_space.shape[0], env.action_space.shape[0]
         episode = env.spec.max_episode_steps if env.spec and env.spec.max_episode_steps else 1_000
         rows = args.dataset_size or {"pointmaze": 40_000}.get(job.task.split("-")[0], 1_000_000)
         flops = phase_flops(args, sizes[0], getattr(args, "chunk", 1) * sizes[1], rows, episode)
         if not flops:  # a baseline's is not counted
             return math.nan, math.nan, math.nan, "unknown until one has run"
-        rates = rates_of(script, args, sizes)
+        same = job.script, sizes, repr(dataclasses.replace(args, env_id="", seed=0))
+        rates = cache[same] = cache.get(same) or rates_of(script, args, sizes)
     except Exception as error:  # a script of another shape, or a task whose package is not installed
         return math.nan, math.nan, math.nan, f"unknown until one has run ({type(error).__name__})"
     seconds = {name: work / rates["cloning" if name == "cloning" else "critic"] for name, work in flops.items()}
@@ -639,10 +647,10 @@ def dry_run(jobs: list[Job], options: Options) -> None:
         print(shlex.join(["python", *[part.removeprefix(f"{ROOT}/") for part in command[1:]]]))
         row = shown.setdefault((job.label, job.task), [0, *estimate(job, results, cache)])
         row[0] += 1
-    print(f"\n{'runs':>4}{'each takes':>20}{'disk':>9}  method, task (how it is known)")
+    print(f"\n{'runs':>4}{'each takes':>22}{'disk':>9}  method, task (how it is known)")
     for (label, task), (count, fewest, most, size, how) in shown.items():
         disk = "?" if math.isnan(size) else f"{count * size / 1e6:.0f} MB"
-        print(f"{count:4}{between(fewest, most):>20}{disk:>9}  {label}, {task} ({how})")
+        print(f"{count:4}{between(fewest, most):>22}{disk:>9}  {label}, {task} ({how})")
     known = [row for row in shown.values() if not math.isnan(row[1])]
     fewest, most, disk = (sum(row[0] * row[i] for row in known) for i in (1, 2, 3))
     unknown = sum(row[0] for row in shown.values()) - sum(row[0] for row in known)

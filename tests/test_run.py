@@ -282,8 +282,32 @@ def test_an_estimate_counts_all_steps_of_a_chunk(monkeypatch):
     monkeypatch.setattr(run, "rates_of", lambda script, args, sizes: {"cloning": 1.0, "critic": 1.0})
     monkeypatch.setattr(run, "phase_flops", lambda args, *sizes: counted.append(sizes) or {"cloning": 1, "online": 1})
     for flags in ((), (("chunk", "5"),)):
-        run.by_arithmetic(run.Job("a", "parl_diffusion_calql.py", "pointmaze-medium-v0", 1, flags))
+        run.by_arithmetic(run.Job("a", "parl_diffusion_calql.py", "pointmaze-medium-v0", 1, flags), {})
     assert [action_dim for _, action_dim, *_ in counted] == [2, 10]
+
+
+def test_an_estimate_is_quick_at_the_papers_sizes(monkeypatch):
+    """A critic update of minutes is measured on a few of its states, and once for all tasks of one size."""
+    from benchmarks import speed
+
+    batches = []
+    monkeypatch.setattr(speed, "build", lambda script, args, *sizes: batches.append(args.batch_size) or stop())
+    task = "antmaze-large-diverse-v2"
+    for script, expected in (("parl_diffusion_calql.py", 16), ("parl_diffusion_iql.py", 256)):
+        with pytest.raises(KeyboardInterrupt):
+            run.rates_of(run.load(script), run.resolved(script, task, ()), (29, 8))
+        assert batches.pop() == expected
+    cache, measured = {}, []
+    monkeypatch.setattr(run, "rates_of", lambda *rest: measured.append(rest) or {"cloning": 1.0, "critic": 1.0})
+    for task in ("antmaze-large-diverse-v2", "antmaze-medium-play-v2"):
+        run.by_arithmetic(run.Job("a", "parl_diffusion_calql.py", task, 1, ()), cache)
+    assert len(measured) == 1
+    arm = run.Job("a", "parl_openvla_real.py", "widowx-sim-vegetable-v0", 1, ())
+    assert run.by_arithmetic(arm, cache)[3] == "unknown until one has run" and len(measured) == 1
+
+
+def stop():
+    raise KeyboardInterrupt
 
 
 def test_a_dry_run_tells_commands_time_and_disk(tmp_path, capsys):
