@@ -611,7 +611,7 @@ def estimate(job: Job, results: pathlib.Path, cache: dict) -> tuple[float, float
 
 
 def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
-    """As `estimate`, for a script whose phases benchmarks/cost.py can count. cache: of the rates by what decides them."""
+    """As `estimate`, for a script whose phases benchmarks/cost.py can count; cache: of rates, by what decides them."""
     from benchmarks.tasks import make_env
 
     script, args = load(job.script), resolved(job.script, job.task, job.flags)
