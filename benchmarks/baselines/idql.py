@@ -89,10 +89,10 @@ PRESETS: dict[str, dict] = {
                     sparse_reward=False),
     "ogbench": dict(reward_bias=0.0, reward_min=0.0),  # its rewards are minus the number of parts left to do
     "pointmaze": dict(
-        num_cloning_steps=2_000, num_offline_steps=1_500, num_online_episodes=40, eval_episodes=50, compile="no",
+        num_cloning_steps=2_000, num_offline_steps=6_000, num_online_episodes=40, eval_episodes=50, compile="no",
         eval_processes=False, num_offline_evals=3, num_online_evals=4, log_every=50, policy_hidden=64, policy_blocks=2,
         cloning_batch_size=256, policy_lr=1e-3, policy_warmup=200, distill_lr=3e-4, expectile=0.9,
-        critic_hidden=(128, 128), critic_lr=1e-3, discount=0.95, target_tau=0.03, num_bins=64, num_samples=8, utd=5.0),
+        critic_hidden=(128, 128), critic_lr=1e-3, discount=0.95, target_tau=0.01, num_bins=64, num_samples=8, utd=5.0),
     # On top of the family's: what two CPU cores train in half an hour
     "laptop": dict(
         dataset_size=200_000, num_cloning_steps=10_000, num_offline_steps=6_000, num_online_episodes=20,
