@@ -18,6 +18,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def summary_of(folder: pathlib.Path) -> dict:
     provenance, last = config["provenance"], {row["phase"]: row for row in rows}
     entry = {
         "seed": config["seed"],
-        "command": provenance["command"].split(" --runs ")[0],
+        # as typed in a checkout: the runner gives the script's whole path
+        "command": re.sub(r"/\S*/(?=\w+\.py\b)", "", provenance["command"].split(" --runs ")[0]),
         "commit": provenance["commit"],
     }
     entry |= {
@@ -326,6 +328,12 @@ BASELINES = {
     "baselines/filtered_bc": "iterated filtered cloning",
     "baselines/dppo": "DPPO",
 }
+ABLATIONS = {
+    "ablations/whole": "PA-RL + Cal-QL",
+    "ablations/without-global": "without global optimization (table 4): one sample, no re-ranking",
+    "ablations/without-local": "without local optimization (table 4): no gradient steps",
+    "ablations/data-actions": "the data's actions distilled (figure 6)",
+}
 
 
 def online_episodes(folder: pathlib.Path) -> int:
@@ -354,6 +362,7 @@ GENERATED = {
     "benchmarks/README.md": {
         "default task": default_task_table,
         "baselines": lambda results: experiments_table(results, BASELINES, True),
+        "ablations": lambda results: experiments_table(results, ABLATIONS, True),
         "cube": lambda results: experiments_table(results, CUBE_MORE, True),
     },
 }

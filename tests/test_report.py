@@ -18,7 +18,8 @@ def write_run(folder, seed=1, successes=(0.1, 0.5, 0.9), finished=True):
     config = {
         "script": "parl_diffusion_calql", "seed": seed, "threads": 1, "eval_episodes": 10, "data": {"local": False},
         "provenance": {
-            "command": f"python x.py --seed {seed} --runs /tmp/r", "commit": "abc", "machine": "m", "versions": "v",
+            "command": f"python /a/checkout/x.py --seed {seed} --runs /tmp/r", "commit": "abc", "machine": "m",
+            "versions": "v",
         },
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
