@@ -66,8 +66,10 @@ def entry_of(method: str, folder: pathlib.Path, episodes: int = 0) -> Entry:
     if episodes > total:
         fail(f"{folder} was to make {total} online episodes, fewer than --episodes {episodes}")
     episodes = episodes or total
+    each = config.get("episodes_per_round", 1)  # DPPO: a row, and a step, is a round of episodes
+    rows = [row | {"step": each * row["step"]} if row["phase"] == "online" and "step" in row else row for row in rows]
     online = [row for row in rows if row["phase"] == "online"]
-    rates = [row["episode_success"] for row in online if "episode_success" in row]
+    rates = [row["episode_success"] for row in online if "episode_success" in row for _ in range(each)]
     evaluations = [
         row | {"score": row.get("score", 100 * row["success_rate"])} for row in rows if "success_rate" in row
     ]

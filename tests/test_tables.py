@@ -183,6 +183,17 @@ def test_local_and_published_data_may_be_mixed_on_purpose(tmp_path):
     assert "**Local data**, not the published: pointmaze-medium-v0" in (tmp_path / "out/table.md").read_text()
 
 
+def test_a_run_in_rounds_of_episodes_counts_them_all(tmp_path):
+    """DPPO's row is a round: 4 of ten episodes are the 40 that were to be made."""
+    folder = write_run(tmp_path / "run", num_online_episodes=40, episodes_per_round=10)
+    whole, half = tables.entry_of("a", folder), tables.entry_of("a", folder, 20)
+    assert (whole.episodes, whole.online, whole.regret) == (40, 90, 0.25)
+    assert (half.episodes, half.online, half.regret) == (20, 80, 0.5)
+    unfinished = write_run(tmp_path / "other", num_online_episodes=50, episodes_per_round=10)
+    with pytest.raises(SystemExit, match="ends after 40 of 50 online episodes"):
+        tables.entry_of("a", unfinished)
+
+
 def test_a_csv_cut_anywhere_is_refused(tmp_path):
     folder = write_run(tmp_path / "run")
     whole = (folder / "metrics.csv").read_bytes()
