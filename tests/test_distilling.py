@@ -99,8 +99,16 @@ def test_who_is_distilled_from_what_and_from_when(folder, monkeypatch):
     assert [sampler is None for sampler in samplers] == [True, False]
 
 
-def test_what_climbing_ways_come_to(folder):
+def test_what_climbing_ways_come_to(folder, monkeypatch):
     """The exact way loses nothing; what a way costs is counted against all candidates climbing."""
+    load = distilling.load
+
+    def steeper(options):  # five updates leave a critic so flat that steps of 3e-4 gain nothing but rounding
+        parts = load(options)
+        parts[6].head_weight.data *= 100
+        return parts
+
+    monkeypatch.setattr(distilling, "load", steeper)
     rows = climbing.measure(str(folder), num_states=50)
     assert len(rows) == 2 * 5 and {row["settings"] for row in rows} == {"the run's", "the paper's"}
     for row in rows:
@@ -111,7 +119,7 @@ def test_what_climbing_ways_come_to(folder):
             assert row["of_full"] == pytest.approx(1, rel=1e-3) and row["climbed"] <= most
         if "first 3" in row["way"]:
             assert 1 <= row["climbed"] <= min(3, most)
-        assert row["gain"] >= -1e-5
+        assert row["gain"] > 1e-5
 
 
 def test_flags_and_ways_that_are_none_are_refused(folder):
