@@ -138,7 +138,7 @@ def summary_of(folder: pathlib.Path) -> dict:
     entry = {
         "seed": config["seed"],
         # as typed in a checkout: the runner gives the script's whole path
-        "command": re.sub(r"/\S*/(?=\w+\.py\b)", "", provenance["command"].split(" --runs ")[0]),
+        "command": re.sub(r"/\S*/(?=\w+\.py\b)", "", provenance["command"].split(" --runs ")[0], count=1),
         "commit": provenance["commit"],
     }
     entry |= {
@@ -268,8 +268,7 @@ def scripts_table(results: pathlib.Path) -> str:
     lines = ["| script | algorithm | paper | default task: cloned, offline, online |", "|---|---|---|---|"]
     for name, (_, script, algorithm, paper) in DEFAULT_TASK.items():
         document = json.loads((results / name / "results.json").read_text())
-        rates = [document["mean"].get(label) for label in LABELS.values()]
-        text = ", ".join("none" if rate is None else f"{rate['success_rate']:.0%}".replace("%", " %") for rate in rates)
+        text = ", ".join(rate_cell(document, label, False) or "none" for label in LABELS.values())
         seeds = f"{len(document['runs'])} seed{'s' * (len(document['runs']) > 1)}"
         link = f"[{text} ({seeds})](benchmarks/results/{name}/results.json)"
         lines.append(f"| [{script}]({script}) | {algorithm} | {paper} | {link} |")

@@ -571,7 +571,7 @@ def rates_of(script, args, sizes: tuple[int, int]) -> dict[str, float]:
     """Operations per second of a cloning and of a critic update of this script with these arguments, on this machine.
 
     Measured for about a second each, on noise, by what benchmarks/speed.py measures; where an update of the critic is
-    of more than a second's work, on a part of its batch (at AntMaze's sizes a fifth below the rate of a whole one).
+    of more than a second's work, on a part of its batch, whose rate is a little lower than the whole one's.
     """
     from benchmarks import cost, speed
 

@@ -257,9 +257,9 @@ def draw(entries, over: str, path: pathlib.Path) -> bool:
 
     tasks, methods, drawn = tasks_of(entries), methods_of(entries), False
     colors = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(0.8 + 4.2 * len(tasks), 3.8), layout="constrained", squeeze=False
-    )
+    outside = len(methods) > 6  # more names than a panel has room for
+    size = 0.8 + 4.2 * len(tasks) + 2.6 * outside, 3.8
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
     for ax, task in zip(axes[0], tasks):
         for i, method in enumerate(methods):
             some = [e for e in entries if (e.method, e.task) == (method, task)]
@@ -277,7 +277,10 @@ def draw(entries, over: str, path: pathlib.Path) -> bool:
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("score, %")
     if drawn:
-        axes[0][0].legend(loc="best", fontsize=8)
+        if outside:
+            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        else:
+            axes[0][0].legend(loc="best", fontsize=8)
         figure.savefig(path, dpi=110)
     plt.close(figure)
     return drawn
