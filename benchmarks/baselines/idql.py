@@ -100,11 +100,10 @@ PRESETS: dict[str, dict] = {
         policy_dropout=0.0, cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, critic_hidden=(256, 256),
         critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64, num_samples=4, utd=0.5, cloning_ratio=0.05,
         compile="no"),
-    # On top of that, the flags of parl_diffusion_iql.py's preset of that name
+    # On top of that, the flags of parl_diffusion_iql.py's preset of that name, with half its offline updates
     "laptop-chunk": dict(
-        chunk=5, dataset_size=100_000, policy_hidden=192, num_cloning_steps=12_000, num_offline_steps=40_000, utd=2.0,
-        num_online_episodes=160, num_online_evals=4, critic_lr=3e-4, batch_size=256, expectile=0.9, target_tau=0.005,
-        num_samples=32),
+        chunk=5, dataset_size=100_000, policy_hidden=192, num_cloning_steps=12_000, num_offline_steps=20_000, utd=2.0,
+        num_online_episodes=160, critic_lr=3e-4, batch_size=256, expectile=0.9, target_tau=0.005, num_samples=32),
 }  # fmt: skip
 
 
