@@ -7,7 +7,8 @@ to the policy by supervised learning through LoRA adapters; and the candidates a
 the critic through the policy, to which PA-RL says only `sample` and `loss`.
 
     python parl_openvla_real.py                                       # a tiny VLA and a simulated arm: a laptop
-    python parl_openvla_real.py --preset default --checkpoint openvla/openvla-7b --env-id widowx-real
+    python parl_openvla_real.py --preset default --checkpoint openvla/openvla-7b --env-id widowx-real \
+        --instruction "put the vegetable on the plate"
     python parl_openvla_real.py --resume runs/<folder>                # continue after a stop, in any phase
     python parl_openvla_real.py --resume runs/<folder> --serve 8000   # OpenVLA's REST protocol, with what was learned
 
@@ -403,8 +404,8 @@ class VLAPolicy:
         return action_values(self.device)[self.model.sample_tokens(obs, self.prompt, num_samples, pick)]
 
     def version(self) -> str:
-        """Names what the samples depend on: instruction, adapters, and the base, known by one layer of each kind."""
-        base = self.model.language_model["model"].norm.weight, self.model.projector.fc3.bias
+        """Names what the samples depend on: instruction, adapters, and the base, known by 64 numbers of each tensor."""
+        base = [p.flatten()[:64] for name, p in self.model.named_parameters() if ".lora_" not in name]
         return files.fingerprint((self.instruction, self.top_k), *base, *adapters(self.model).values())
 
 
@@ -797,11 +798,10 @@ def make_policy(args: Args, instruction: str, opened=None) -> VLAPolicy:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(Args, PRESETS, argv)
-    if not args.plain or min(args.num_zero_shot, args.max_steps, args.lora_rank, args.distill_batch_size) < 1:
-        fail("--no-plain is for critics of vectors; numbers of episodes, steps, ranks and states must be at least 1")
+    robot.check_flags(args)
+    check_ray(args.num_cache_workers, args.ray)
     device, tiny, cloned = start_torch(args), args.checkpoint == "tiny", files.cloned_folder(args)
     opened = files.open_checkpoint(args, Sizes, TINY, cloned)
-    check_ray(args.num_cache_workers, args.ray)
     if args.serve:
         return serve(args, make_policy(args, "nothing yet", opened), opened.statistics)
     env, envs, make_robot = robot.set_up_robot(args, opened.statistics, opened.sizes.image)
@@ -831,7 +831,6 @@ def main(argv: list[str] | None = None) -> None:
               policy_optimizer=policy_optimizer, cloning_optimizer=cloning_optimizer, critic=critic,
               target_critic=target_critic, critic_optimizer=critic_optimizer)  # fmt: skip
     q_stds = run.progress.setdefault("q_stds", [])  # measured in the second half of phase 2
-    evaluated = None if envs is None else act_optimized  # on the real robot its own episodes tell
     with run:
         # Phase 1, tiny only: clone scripted demonstrations into a policy that can do a little, as OpenVLA can
         if (num_cloning_steps := args.num_cloning_steps * tiny) and run.phase == "cloning":
@@ -860,7 +859,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Phase 2: train the critic on them (algorithm 2, lines 3 and 4), with candidates that are drawn once
         rows, arrivals = None, refresh(policy, buffer, run, pool)
-        for step in run.steps("offline", args.num_offline_steps, envs, evaluated, args.num_offline_evals):
+        for step in run.steps("offline", args.num_offline_steps, envs, act_optimized, args.num_offline_evals):
             rows = next(arrivals, rows)
             index = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
             info = critic_update(critic, target_critic, critic_optimizer, buffer, index, args)
@@ -873,7 +872,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.starts("online"):
             critic_optimizer.state.clear()
         greedy = choose_greedy_distillation(args, q_stds)
-        for i in run.steps("online", args.num_online_episodes, envs, evaluated, args.num_online_evals, "episode"):
+        for i in run.steps("online", args.num_online_episodes, envs, act_optimized, args.num_online_evals, "episode"):
             episode, success = robot.get_episode(env, act_optimized, args.num_zero_shot + i, policy.version(), run)
             buffer.add(episode)
             (rows,) = deque(refresh(policy, buffer, run, pool), 1)  # of the new episode, and what a stop left undone

@@ -132,6 +132,8 @@ class LoadedRun(contextlib.nullcontext):
 def evaluate(options: Options) -> dict:
     """Evaluate as the options say. Returns the entry that evaluation.json got: what was measured, and how."""
     module, config = script_of(options.run)
+    if not hasattr(module, "set_up"):  # a VLA's: no harness of this kind
+        cli.fail(f"{config['script']}.py cannot be evaluated again: it has no dataset; see its --eval-episodes")
     state, path = load_checkpoint(options.run), options.run / "evaluation.json"
     reached, entries, result = state["progress"]["phase"], [], {}
     if path.exists():
@@ -144,6 +146,8 @@ def evaluate(options: Options) -> dict:
 
     def measure(run, env, make_env, act_optimized, policy, critic):  # in place of `pictures.finish`
         act = run.acts["cloning"] if options.policy == "cloned" else act_optimized
+        if act is None:
+            cli.fail(f"--policy cloned: {config['script']}.py clones no policy, or this run did not")
         try:
             result.update(rollouts.evaluate(run.envs, act, run), args=run.args, device=str(run.device))
         finally:

@@ -14,7 +14,6 @@ tables of the two READMEs, from results.json.
 
 import csv
 import json
-import math
 import os
 import pathlib
 import platform
@@ -26,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from scipy.stats import binomtest
 
 KEPT = ("config.json", "metrics.csv", "summary.png")
 LABELS = {
@@ -155,10 +155,8 @@ def summary_of(folder: pathlib.Path) -> dict:
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
     """The 95 % interval of a rate (Wilson's score interval): sensible also where every trial succeeded."""
-    z, rate = 1.959964, successes / trials
-    middle = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2)) / (1 + z**2 / trials)
-    return middle - half, middle + half
+    interval = binomtest(round(successes), trials).proportion_ci(0.95, "wilson")
+    return interval.low, interval.high
 
 
 def keep(options: Keep) -> None:

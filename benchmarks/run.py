@@ -317,12 +317,13 @@ class Local:
     """This machine: a process for each slot, pinned to cores and a GPU of its own."""
 
     def __init__(self, options: Options):
-        gpus = torch.cuda.device_count()
+        gpus, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(gpus)]  # only those that we were given
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(available_cores())
         self.threads = options.threads or (max(1, len(cores) // max(options.slots, gpus)) if gpus else 1)
         count = options.slots or gpus or max(1, len(cores) // self.threads)
         self.slots = [
-            ({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {},
+            ({"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else {},
              {cores[(i * self.threads + k) % len(cores)] for k in range(self.threads)})
             for i in range(count)
         ]  # fmt: skip
@@ -620,7 +621,10 @@ def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
         if not isinstance(env.observation_space, gym.spaces.Box):  # a camera's
             return math.nan, math.nan, math.nan, "unknown until one has run"
         sizes = env.observation_space.shape[0], env.action_space.shape[0]
-        episode = env.spec.max_episode_steps if env.spec and env.spec.max_episode_steps else 1_000
+        try:
+            episode = env.get_wrapper_attr("_max_episode_steps")  # of gymnasium's TimeLimit
+        except AttributeError:
+            episode = 1_000
         rows = args.dataset_size or {"pointmaze": 40_000}.get(job.task.split("-")[0], 1_000_000)
         flops = phase_flops(args, sizes[0], getattr(args, "chunk", 1) * sizes[1], rows, episode)
         if not flops:  # a baseline's is not counted

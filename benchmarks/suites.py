@@ -90,7 +90,8 @@ SUITES: dict[str, dict] = {
         methods={"PA-RL + Cal-QL": CALQL, "CEM + Cal-QL from the policy": f"{CEM} initial-population=policy"},
         paper=dict(tasks=LARGE + KITCHEN + CALVIN, seeds=5)),
     "figure16": dict(
-        what="Bellman targets of the optimized or of the base policy", laptop=LAPTOP,
+        what="Bellman targets of the optimized or of the base policy (offline, too; the paper: online only)",
+        laptop=LAPTOP,
         methods={"optimized": CALQL, "base policy": f"{CALQL} base-policy-backup=True"},
         paper=dict(tasks=LARGE, seeds=5)),
     "figure17": dict(

@@ -337,3 +337,13 @@ def test_what_a_job_is_run_with(tmp_path):
     (tmp_path / "a/checkpoint.pt").touch()
     assert run.command_of(job, tmp_path, 2)[3:5] == ["--resume", str(tmp_path / "a")]
     assert os.path.isabs(run.command_of(dataclasses.replace(job, script="parl_diffusion_iql.py"), tmp_path, 1)[1])
+
+
+def test_a_runs_gpus_are_among_those_that_were_given(monkeypatch, toy, tmp_path):
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    for given, expected in (("2,3", ["2", "3"]), (None, ["0", "1"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if given:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        slots = run.Local(options(toy, tmp_path, slots=2)).slots
+        assert [environment["CUDA_VISIBLE_DEVICES"] for environment, _ in slots] == expected

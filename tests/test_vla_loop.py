@@ -603,6 +603,34 @@ def test_serving_what_a_finished_run_has_learned(notes, monkeypatch):
     assert not np.allclose(likeliest[0], likeliest[1]), "the adapters make no difference: nothing was tested"
 
 
+def test_on_the_real_robot_nothing_is_evaluated_beside_its_own_episodes(notes, monkeypatch, tmp_path):
+    """All stages with a checkpoint's weights and no simulated robots to evaluate in; at the end the arm stays still."""
+    resets, reset = [], MadeUpRobot.reset
+    monkeypatch.setattr(MadeUpRobot, "reset", lambda self, **kw: resets.append(kw) or reset(self, **kw))
+    stand_in(monkeypatch)
+    arm = ["--env-id", "widowx-real", "--instruction", "go", "--checkpoint", str(notes[1]["folder"] / "cloned")]
+    script.main([*FLAGS, "--runs", str(tmp_path), *arm])
+    (folder,) = tmp_path.iterdir()
+    assert len(resets) == ZERO_SHOT + EPISODES and (folder / "summary.png").is_file()
+    assert not any(row["success_rate"] for row in rows_of(folder))
+
+
+def test_two_checkpoints_that_differ_by_merged_adapters_are_two_versions(notes, tmp_path):
+    cloned = str(notes[1]["folder"] / "cloned")
+    policy, again = (script.make_policy(script.Args(checkpoint=cloned, lora_rank=2), "go") for _ in range(2))
+    adapted = script.adapters(policy.model)
+    with torch.no_grad():
+        for value in adapted.values():
+            value.normal_()
+    files.write_checkpoint(tmp_path, policy.model, files.TINY_STATISTICS)
+    merged = script.make_policy(script.Args(checkpoint=str(tmp_path), lora_rank=2), "go")
+    with torch.no_grad():
+        for each in (again, merged):  # the same adapters, so that the bases alone differ
+            for name, value in script.adapters(each.model).items():
+                value.copy_(adapted[name])
+    assert again.version() == policy.version() != merged.version()
+
+
 @pytest.mark.parametrize("missing", ["ray"])
 def test_what_the_workers_need_is_asked_for_before_anything_long(missing, monkeypatch, tmp_path):
     stand_in(monkeypatch)
@@ -660,7 +688,15 @@ class Rows(torch.Tensor):
         ("--num-zero-shot 0", "at least 1"),
         ("--serve 8000", "--serve needs --resume"),
         ("--num-keep 9 --num-samples 8", "--num-keep"),
-        ("--env-id widowx-real --checkpoint tiny", "instruction"),
+        ("--env-id widowx-real --checkpoint tiny", "--instruction"),
+        ("--env-id widowx-real --checkpoint tiny --instruction go", "simulated"),
+        ("--env-id pointmaze-medium-v0", "camera"),
+        ("--cache-batch 0", "--cache-batch"),
+        ("--encoder-width 6", "multiple of 4"),
+        ("--encoder-blocks 1 0", "--encoder-blocks"),
+        ("--serve 99999999", "port"),
+        ("--ray 127.0.0.1:1", "--num-cache-workers"),
+        ("--no-plain", "vectors"),
         ("--distill-selection perhaps", "perhaps"),
     ],
 )

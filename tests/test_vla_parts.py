@@ -619,6 +619,8 @@ def test_the_server_answers_openvlas_protocol(served):
         request = {"image": image, "instruction": instruction, "unnorm_key": "bridge_orig"}
         for body in (request, {"image": image, "instruction": instruction}, {"encoded": json_numpy.dumps(request)}):
             status, action = post(f"{url}/act", body)
+            if "encoded" in body:  # such a client has no json-numpy on its wire: a text comes back
+                action = json_numpy.loads(action)
             assert status == 200 and action.shape == (7,)
             np.testing.assert_allclose(action, expected_action(policy, image, instruction), atol=1e-7)
         answers.append(action)
@@ -751,6 +753,7 @@ class StandIn(types.ModuleType):
         self.exceptions = types.SimpleNamespace(RayActorError=ActorError)
         self.options, self.made, self.busy, self.down, self.shared = None, [], {}, False, {}
         self.shuffled, self.random = False, np.random.default_rng(0)
+        self.resources, self.asked_for = {"CPU": 2.0}, []
 
     def init(self, **options):
         self.options = options
@@ -758,11 +761,16 @@ class StandIn(types.ModuleType):
     def shutdown(self):
         self.down = True
 
+    def cluster_resources(self):
+        return self.resources
+
     def put(self, value):
         self.shared[key := f"object {len(self.shared)}"] = value
         return key
 
-    def remote(self, **_):
+    def remote(self, **needs):
+        self.asked_for.append(needs)
+
         def make(cls):
             def create(*args):
                 actor = cls(*args)
@@ -926,6 +934,20 @@ def test_a_cluster_that_cannot_be_reached_is_named(ray, monkeypatch):
     refused(workers.Pool, 1, "", Doubler, (), words=("a Ray cluster on this machine", "Could not find"))
     monkeypatch.setitem(sys.modules, "ray", None)
     refused(workers.Pool, 1, "", Doubler, (), words=("--num-cache-workers", "pip install ray"))
+
+
+def test_no_worker_asks_for_more_than_there_is(ray):
+    """Ray would wait for ever, without a word: cores and GPUs are shared, and none at all is an error."""
+    for resources, num, gpus, expected in (
+        ({"CPU": 8.0, "GPU": 8.0}, 4, 1.0, (1, 1)),
+        ({"CPU": 2.0}, 4, 0.0, (0.5, 0)),
+        ({"CPU": 8.0, "GPU": 1.0}, 3, 1.0, (1, 0.333)),
+    ):
+        ray.resources = resources
+        workers.Pool(num, "", Doubler, (), gpus)
+        assert tuple(ray.asked_for[-1].values()) == expected
+    ray.resources = {"CPU": 8.0}
+    refused(workers.Pool, 2, "", Doubler, (), 1.0, words=("GPU", "--num-cache-workers"))
 
 
 def test_candidates_are_the_same_here_and_there():

@@ -6,7 +6,7 @@ trained by TD with the policy's own samples at the next state. PA-RL (arXiv 2412
 figures 3 and 18, and never sends a gradient through the chain.
 
     python -m benchmarks.baselines.dql                                      # a small maze on a laptop: minutes
-    python -m benchmarks.baselines.dql --env-id antmaze-large-diverse-v2 --eta 11    # the paper's setting, one GPU
+    python -m benchmarks.baselines.dql --env-id antmaze-large-diverse-v2    # the paper's setting, for one GPU
     python -m benchmarks.baselines.dql --resume runs/<folder>               # continue after a stop, in any phase
 
 paper                                            | here
@@ -14,7 +14,7 @@ paper                                            | here
 DQL eq. 1     the chain, with a gradient         | denoise
 DQL eq. 3     denoising loss - eta Q / |Q|       | dql_loss
 DQL eq. 4     TD towards the policy's samples    | critic_update
-DQL sec. 4    act: draw many, prefer high Q      | prefer
+DQL           act: draw many, prefer high Q      | prefer
 PA-RL app. B.2 offline, then online              | main: phases 1 / 2 / 3
 
 The first ten minutes: `denoise`, `dql_loss`, `critic_update` and `main`. Diffusion policy, critic, TD target and
@@ -24,7 +24,9 @@ PA-RL's appendix B.2 searched eta for each task: 11 for antmaze-large-diverse, 1
 medium-play, 0.005 for the kitchens; the presets have 11 and 0.005. It also picks the offline checkpoint of the
 second lowest denoising loss, which is not done here: the last one goes on. Our choices: Q is the ensemble's mean for
 the policy and the minimum of `target_subset` members for the target, HL-Gauss as in PA-RL (`--critic-loss mse` is
-Wang's), 10 samples at s' of which the best is backed up on mazes (Wang's max-Q-backup on AntMaze). Wang trains both
+Wang's), 10 samples at s' of which the best is backed up on mazes (as in Wang's max-Q-backup on AntMaze, but the best by
+the members' minimum, where Wang takes the minimum of each member's best), and to act the averaged policy's samples are
+weighed by the ensemble's mean. Wang trains both
 losses from the start; `--num-cloning-steps` clones first, as the laptop's presets do to begin where PA-RL begins.
 """
 

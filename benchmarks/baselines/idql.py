@@ -3,7 +3,8 @@
 A diffusion policy is cloned from the data and never taught by a critic. Implicit Q-learning trains a value and a critic
 on the data's own actions. To act, a number of actions is drawn from the cloned policy and the best by Q is taken, so
 that all improvement over the data is in the re-ranking. Online the three go on learning, from the data and the episodes
-alike: what PA-RL's appendix B.2 calls IDQL-Imp and compares with in tables 1 and 2 (right).
+alike, as in PA-RL's appendix B.2, which compares with it in tables 1 and 2. What it names IDQL-Imp seems to be
+the version of IDQL's release that also draws online by the implied actor's weights: `--no-greedy-rollouts` here.
 
     python -m benchmarks.baselines.idql                                      # a small maze on a laptop: minutes
     python -m benchmarks.baselines.idql --env-id antmaze-large-diverse-v2    # the paper's setting, for one GPU
@@ -22,8 +23,8 @@ of `parl_diffusion_iql.py`, imported. That script's `--extraction idql` re-ranks
 leaves that as it was.
 
 Our choices where the papers are silent: as many samples as PA-RL draws (32), one policy update per critic update online
-at the constant distilling rate of PA-RL, and the best of the samples in every episode. `--no-greedy-rollouts` draws one
-by the weights of the actor that IQL's expectile loss implies.
+at the constant distilling rate of PA-RL, and the best of the samples in every episode (IDQL's other version online),
+not one drawn by the weights of the actor that IQL's expectile loss implies.
 """
 
 import copy

@@ -34,12 +34,12 @@ def draw_summary(run, env, policy, critic) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    env.reset(seed=run.args.eval_seed)  # so that there is a goal to draw
     maze, args = getattr(env.unwrapped, "maze", None), run.args
+    if maze is not None:  # so that there is a goal to draw; a robot would move
+        env.reset(seed=args.eval_seed)
     panels = list(run.results.items()) if maze is not None else []
-    size = (4.6 + 3.6 * len(panels), 4.0)
-    figure, axes = plt.subplots(1, 1 + len(panels), figsize=size, layout="constrained", squeeze=False)
-    ax, *maze_axes = axes[0]
+    figure = plt.figure(figsize=(4.6 + 3.6 * len(panels), 4.0), layout="constrained")
+    ax, *maze_axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
     ax.plot([updates for _, updates, _ in run.curve], [score for *_, score in run.curve], color="0.8", zorder=1)
     for phase, color in {"cloning": "tab:gray", "offline": "tab:blue", "online": "tab:red"}.items():
         points = [(updates, score) for p, updates, score in run.curve if p == phase]
@@ -50,7 +50,7 @@ def draw_summary(run, env, policy, critic) -> None:
     task = args.env_id + (" (local data)" if run.local else "")
     ax.set_title(f"{task}, seed {args.seed}\n{args.eval_episodes} episodes a point", fontsize=10)
     ax.grid(alpha=0.3)
-    ax.legend(loc="best")
+    ax.legend(loc="best") if run.curve else None
     x, y, values = value_map(run.buffer.states, policy, critic, args.num_samples) if panels else (None, None, None)
     for ax, (label, result) in zip(maze_axes, panels):
         mesh = ax.scatter(x, y, c=values, s=7, cmap=critic and "viridis", linewidths=0)

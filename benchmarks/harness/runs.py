@@ -113,7 +113,7 @@ class Run:
             return
         first, self.envs = self.progress["step"], envs or self.envs
         measured = set(np.linspace(0, total, evals + 1, dtype=int)[1:].tolist()) | {total}
-        if act is None or (total == 0 and phase != "cloning"):
+        if envs is None or act is None or (total == 0 and phase != "cloning"):
             measured = set()
         with tqdm(total=total, initial=first, desc=phase, unit=unit, mininterval=0.5) as bar:
             began = time.monotonic()

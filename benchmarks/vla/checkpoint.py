@@ -1,6 +1,6 @@
 """Reading and writing an OpenVLA checkpoint: its folder or hub id, config, statistics, tokenizer and safetensors.
 
-Whatever does not fit ends in one line before anything long begins. Nothing is unpickled.
+Whatever does not fit ends in one line before anything long begins. Weights are safetensors only, nothing is unpickled.
 """
 
 import dataclasses
@@ -131,7 +131,8 @@ def load_tokenizer(folder: pathlib.Path | None, vocabulary: int, num_words: int)
 
 
 def check_memory(num_parameters: int, device: torch.device) -> None:
-    """Refuse a full-size model where it has no room. What is needed is an estimate: nobody has measured it here.
+    """Refuse a full-size model where it has no room. What is needed is an estimate, above the 20 GB once measured on an
+    H100 with random weights (benchmarks/README.md).
 
     Weights in bfloat16, adapters of 110 million parameters with gradient and two moments in float32, 6 GB of the rest.
     """
@@ -239,7 +240,10 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(folder: pathlib.Path, model: nn.Module, statistics: dict) -> None:
-    """A folder that `--checkpoint` reads: the weights, adapters merged into them, and config.json with their sizes."""
+    """A folder that `--checkpoint` reads: the weights, adapters merged into them, and config.json with their sizes.
+
+    Of a model with Llama's vocabulary it takes its tokenizer.json as well, which is not written.
+    """
     from safetensors.torch import save
 
     folder.mkdir(exist_ok=True)

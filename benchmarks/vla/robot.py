@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness.cli import RunArgs, fail
+from benchmarks.harness.cli import RunArgs, fail, flag
 from benchmarks.harness.pictures import finish
 from benchmarks.harness.rollouts import check_optional_parts, check_rewards, make_vector_env, succeeded
 from benchmarks.harness.runs import write_atomically
@@ -39,6 +39,29 @@ class RobotArgs(RunArgs):
     num_cache_workers: int = 0  # processes that draw candidates (the paper: 12); 0: the trainer does
     ray: str = ""  # address of the Ray cluster they run on; empty: this machine
     cache_batch: int = 16  # states at a time
+
+
+def check_flags(args) -> None:
+    """Refuse, before anything is downloaded or collected, what the bounds of all scripts' flags do not cover."""
+    if not args.env_id.startswith("widowx-"):
+        fail(f"--env-id {args.env_id}: a VLA needs a camera; it is widowx-real or widowx-sim-{{vegetable,cup,pot}}-v0")
+    if args.env_id == "widowx-real" and not args.instruction.strip():
+        fail('--env-id widowx-real needs an instruction, e.g. --instruction "put the vegetable on the plate"')
+    if args.env_id == "widowx-real" and args.checkpoint == "tiny":
+        fail("--checkpoint tiny is cloned on a simulated robot; for widowx-real name a folder or a hub id of weights")
+    if not args.plain:
+        fail("--no-plain is for critics of vectors")
+    cloned = ("num_demonstrations",) if args.checkpoint == "tiny" and args.num_cloning_steps else ()
+    sizes = "camera_size", "critic_image", "encoder_width", "encoder_blocks", "lora_rank", "distill_batch_size"
+    for name in ("num_zero_shot", "max_steps", "cache_batch", *sizes, *cloned):
+        if np.min(getattr(args, name), initial=1) < 1:
+            fail(f"{flag(name)} must be at least 1")
+    if args.encoder_width % 4:
+        fail(
+            f"--encoder-width {args.encoder_width} must be a multiple of 4: its channels are normalised in four groups"
+        )
+    if args.num_cache_workers < 0 or not 0 <= args.serve < 2**16:
+        fail("--num-cache-workers must not be negative, and --serve is a port, 1 to 65535")
 
 
 def unnormalize(actions, statistics):

@@ -34,7 +34,8 @@ def start_server(act, port: int, host: str = "127.0.0.1") -> ThreadingHTTPServer
                 if not 0 < length <= MOST_BYTES:
                     raise ValueError(f"a request has 1 to {MOST_BYTES} bytes, not {length}")
                 request = json_numpy.loads(self.rfile.read(length))
-                if isinstance(request, dict) and "encoded" in request:  # numpy arrays packed by the client beforehand
+                encoded = isinstance(request, dict) and "encoded" in request  # packed by the client beforehand
+                if encoded:
                     request = json_numpy.loads(request["encoded"])
                 if not isinstance(request, dict) or not isinstance(request.get("instruction"), str):
                     raise ValueError("a request is an object with an `image` and an `instruction`, a text")
@@ -45,7 +46,8 @@ def start_server(act, port: int, host: str = "127.0.0.1") -> ThreadingHTTPServer
                     action = act(image, instruction, request.get("unnorm_key"))
             except (ValueError, KeyError, TypeError, IndexError, RecursionError, SystemExit) as error:
                 return self.answer(400, {"error": f"{type(error).__name__}: {error}"})
-            return self.answer(200, np.asarray(action, np.float64))
+            action = np.asarray(action, np.float64)
+            return self.answer(200, json_numpy.dumps(action) if encoded else action)  # packed as it was asked
 
         def answer(self, status: int, content) -> None:
             body = (json.dumps(content) if status != 200 else json_numpy.dumps(content)).encode()

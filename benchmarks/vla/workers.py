@@ -26,7 +26,7 @@ def check_ray(num_workers: int, address: str):
     Ray itself asks for minutes whether an address that nobody answers at has come up.
     """
     if num_workers == 0:
-        return None
+        return fail("--ray is where the cache workers run: add --num-cache-workers") if address else None
     try:
         import ray
     except ImportError:
@@ -57,7 +57,14 @@ class Pool:
         except Exception as error:  # of Ray's many kinds
             where = f"--ray {address}" if address else "a Ray cluster on this machine"
             fail(f"{where} cannot be reached or started ({(str(error).strip().splitlines() or [repr(error)])[0]})")
-        self.ray, self.actor = ray, ray.remote(num_cpus=1, num_gpus=gpus)(make)
+        there = ray.cluster_resources()
+        if gpus and not there.get("GPU"):
+            fail("the trainer is on a GPU and Ray finds none for the cache workers: leave --num-cache-workers out")
+        # Ray waits without a word for what is not there: fewer cores or GPUs than workers are shared
+        cpu, gpu = (
+            int(1000 * min(most, there.get(kind, 0) / num)) / 1000 for kind, most in (("CPU", 1), ("GPU", gpus))
+        )
+        self.ray, self.actor = ray, ray.remote(num_cpus=cpu, num_gpus=gpu)(make)
         self.args, self.waiting, self.asked, self.wanted, self.round = args, collections.deque(), {}, {}, 0
         self.idle = [self.actor.remote(*args) for _ in range(num)]
 
