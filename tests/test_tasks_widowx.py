@@ -364,9 +364,10 @@ def test_without_the_client_both_commands_are_said(monkeypatch):
     assert "youliangtan/edgeml@b4b8495b489e7c973187742d2f2fe9aa016d9aca" in message
     assert "b841131ecd512bafb303075bd8f8b677e0bf9f1f#subdirectory=widowx_envs" in message
     assert "instruction" in one_line(TaskError, tasks.make_env, "widowx-real", instruction=" ")
-    for reward in ("nonsense", "no.such:thing", "math:nothing"):
-        message = one_line(TaskError, tasks.make_env, "widowx-real", instruction="go", reward=reward)
-        assert reward in message and "module:function" in message
+    for reward in ("nonsense", "no.such:thing", "math:nothing", "math:pi"):
+        for flag in ("reward", "scene"):
+            message = one_line(TaskError, tasks.make_env, "widowx-real", instruction="go", **{flag: reward})
+            assert f"--{flag} {reward}" in message and "module:function" in message
 
 
 def install(monkeypatch, client_class):
@@ -461,7 +462,10 @@ def test_the_operator_ends_an_episode_and_judges_it(monkeypatch, said):
 
 @needs_rendering
 def test_a_reward_program_judges_and_no_terminal_is_an_error(monkeypatch):
-    program = types.ModuleType("my_reward")
+    def no_terminal(question):
+        raise EOFError
+
+    program, placed = types.ModuleType("my_reward"), []
     program.low_enough = lambda image, state: image.shape == (24, 24, 3) and state[2] < 0.2
     monkeypatch.setitem(sys.modules, "my_reward", program)
     env = make_real(monkeypatch, reward="my_reward:low_enough", ask=lambda question: "")
@@ -469,8 +473,10 @@ def test_a_reward_program_judges_and_no_terminal_is_an_error(monkeypatch):
     steps = [env.step(np.array([0, 0, -0.05, 0, 0, 0, 1])) for _ in range(2)]
     assert [step[1] for step in steps] == [0.0, 1.0] and steps[-1][2] and steps[-1][-1]["success"]
 
-    def no_terminal(question):
-        raise EOFError
+    program.put_back = placed.append
+    env = make_real(monkeypatch, reward="my_reward:low_enough", scene="my_reward:put_back", ask=no_terminal)
+    env.reset(seed=5)
+    assert placed == [5]
 
     assert "no terminal" in one_line(RobotError, make_real(monkeypatch, ask=no_terminal).reset)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 
 import gymnasium as gym
@@ -33,7 +34,8 @@ FLAGS = (
     f"--distill-ratio {RATIO} --num-samples {SAMPLES} --num-keep {KEEP} --num-gradient-steps 0 --camera-size 28 "
     "--critic-image 20 --encoder-width 4 --encoder-blocks 1 1 --critic-hidden 8 8 --ensemble-size 3 --batch-size 8 "
     "--cloning-batch-size 8 --distill-batch-size 6 --lora-rank 2 --distill-lr 0.02 --critic-lr 0.03 --discount 0.9 "
-    "--cloning-lr 0.04 --cql-actions 2 --cache-batch 3"
+    "--cloning-lr 0.04 --cql-actions 2 --cache-batch 3 --distill-episodes 1 --distill-selection sample "
+    "--no-sample-backup --no-greedy-rollouts --no-use-proprio"
 ).split()
 WRAPPED = (
     "supervised_step", "critic_update", "optimize", "select_actions", "td_target", "calql_loss", "distill_lora",
@@ -522,6 +524,56 @@ def test_workers_draw_the_same_and_one_that_dies_is_replaced(cache):
 # --- from the command line ---
 
 
+@needs_rendering
+def test_a_robot_in_another_process_is_the_robot(monkeypatch):
+    """The same images, states and actions through Ray, distractor or not; and a run's flags get to it."""
+    pytest.importorskip("ray", reason=INSTALL)
+    flags = dict(env_id="widowx-sim-pot-v0", camera_size=40, max_steps=3, critic_image=16, eval_episodes=1)
+    args, statistics = script.Args(**flags, eval_processes=False), files.TINY_STATISTICS["bridge_orig"]["action"]
+    statistics = {name: np.array(value) for name, value in statistics.items()}
+    here, envs, _ = robot.set_up_robot(args, statistics, 28)
+    envs.close()
+    args.robot_node = "arm"
+    there, envs, _ = robot.set_up_robot(args, statistics, 28)
+    envs.close()
+    assert there.unwrapped.instruction == here.unwrapped.instruction
+    episodes, run = [], types.SimpleNamespace(args=args, device=torch.device("cpu"), check_stop=lambda: None)
+    args.sparse_reward = False
+    act = lambda obs: torch.full((1, 7), 0.3)  # noqa: E731
+    try:
+        for env in (here, there):
+            for options in (None, {"distractors": False}):
+                episodes.append(robot.collect(env, act, 5, run, options)[0])
+    finally:
+        import ray
+
+        ray.shutdown()
+    for a, b in zip(episodes[:2], episodes[2:]):
+        assert all(np.array_equal(a[name], b[name]) for name in a) and len(a["rewards"]) == 3
+    assert not np.array_equal(episodes[0]["obs"], episodes[1]["obs"])  # the distractor is seen, or not
+
+
+def test_the_papers_pot_has_distractors_online_only(monkeypatch, tmp_path):
+    """Section 5.2: not in what is cloned, not before going online; the other tasks always, or as one says."""
+    asked, run = [], types.SimpleNamespace(folder=tmp_path, device="cpu")
+    monkeypatch.setattr(robot, "collect", lambda env, act, seed, run, options: (asked.append(options), False))
+    monkeypatch.setattr(robot, "write_arrays", lambda *_, **__: None)
+    monkeypatch.setattr(robot, "collect_demonstrations", lambda *_, **options: asked.append(options) or [])
+    for task, when, online_only, always in (
+        ("pot", "task", True, True), ("vegetable", "task", False, None), ("cup", "online", True, True),
+        ("pot", "never", False, False), ("pot", "always", False, True),
+    ):  # fmt: skip
+        args = run.args = script.Args(env_id=f"widowx-sim-{task}-v0", distractors=when, num_zero_shot=3)
+        assert robot.robot_options(args)["distractors"] is always
+        with contextlib.suppress(ValueError):  # there are none to be joined
+            robot.demonstrations(args, None, (28, 16), "cpu")
+        assert asked.pop()["distractors"] is (False if online_only else always)
+        for number in (2, 3):
+            with contextlib.suppress(TypeError):
+                robot.get_episode(None, None, number, "version", run)
+            assert asked.pop() == ({"distractors": False} if online_only and number == 2 else None)
+
+
 def start(flags):
     env = os.environ | {"OMP_NUM_THREADS": "1", "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
     command = [sys.executable, str(ROOT / "parl_openvla_real.py"), *flags]
@@ -533,7 +585,7 @@ REAL = (
     "--num-offline-steps 4 --num-online-episodes 2 --num-offline-evals 1 --num-online-evals 1 --log-every 1 "
     "--num-samples 3 --num-keep 2 --max-steps 30 --camera-size 112 --critic-image 24 --encoder-width 4 "
     "--encoder-blocks 1 --critic-hidden 8 --batch-size 8 --cloning-batch-size 4 --distill-batch-size 4 --lora-rank 2 "
-    "--distill-ratio 0.1 --utd 0.2 --checkpoint-seconds 0"
+    "--distill-ratio 0.1 --utd 0.2 --distill-episodes 1 --checkpoint-seconds 0"
 ).split()
 
 
@@ -668,6 +720,29 @@ def test_waiting_for_the_workers_takes_no_memory(monkeypatch, tmp_path):
     assert most[0] < 10
 
 
+def test_between_two_distillings_the_policy_stays_and_only_new_episodes_are_drawn(monkeypatch, tmp_path):
+    """--distill-episodes 2: after the second and fourth of five episodes, as often as both their steps ask for."""
+    stand_in(monkeypatch)
+    distilled, drawn, draw, distill = [], [], script.draw_candidates, script.distill_lora
+
+    def noting_distill(policy, optimizer, critic, buffer, num_updates, *rest):
+        distilled.append((len(buffer.versions), num_updates))
+        return distill(policy, optimizer, critic, buffer, num_updates, *rest)
+
+    def noting_draw(policy, images, *rest):
+        drawn.append(policy.version())
+        return draw(policy, images, *rest)
+
+    monkeypatch.setattr(script, "distill_lora", noting_distill)
+    monkeypatch.setattr(script, "draw_candidates", noting_draw)
+    script.main([*FLAGS, "--distill-episodes", "2", "--num-online-episodes", "5", "--runs", str(tmp_path)])
+    steps = round(2 * LENGTH * RATIO)
+    assert distilled == [(ZERO_SHOT + 2, steps), (ZERO_SHOT + 4, steps)]
+    # Episodes of each version: the zero-shot ones and two; those five anew and two; all seven anew and the fifth
+    expected = [ZERO_SHOT + 2, ZERO_SHOT + 2 + 2, ZERO_SHOT + 4 + 1]
+    assert [drawn.count(version) for version in dict.fromkeys(drawn)] == expected
+
+
 class Rows(torch.Tensor):
     """Rows by identity, so that a WeakSet can hold them."""
 
@@ -697,6 +772,10 @@ class Rows(torch.Tensor):
         ("--serve 99999999", "port"),
         ("--ray 127.0.0.1:1", "--num-cache-workers"),
         ("--no-plain", "vectors"),
+        ("--robot-node arm --env-id widowx-real --checkpoint x --instruction go", "no terminal"),
+        ("--capture-video --env-id widowx-real --checkpoint x --instruction go", "film"),
+        ("--hz -3", "--hz"),
+        ("--distill-episodes 0", "--distill-episodes"),
         ("--distill-selection perhaps", "perhaps"),
     ],
 )

@@ -19,6 +19,7 @@ pytest.importorskip("peft", reason=f"adapters are peft's: {INSTALL}")
 safetensors = pytest.importorskip("safetensors.torch", reason=f"weights are safetensors: {INSTALL}")
 
 import parl_openvla_real as script  # noqa: E402
+from benchmarks.tasks import widowx  # noqa: E402
 from benchmarks.vla import checkpoint as files  # noqa: E402
 from benchmarks.vla import robot, server, workers  # noqa: E402
 
@@ -745,24 +746,38 @@ class Dead(Exception):
     """Raised by a method to say that its process died."""
 
 
+class TaskFailed(Exception):
+    """What Ray makes of an exception in a method: its message is the whole traceback."""
+
+    def __init__(self, cause):
+        super().__init__("ray::Something() (pid=1)\nTraceback")
+        self.cause = cause
+
+
 class StandIn(types.ModuleType):
     """The calls of Ray that are used. An answer is computed when it is fetched."""
 
     def __init__(self):
         super().__init__("ray")
-        self.exceptions = types.SimpleNamespace(RayActorError=ActorError)
+        self.exceptions = types.SimpleNamespace(RayActorError=ActorError, RayTaskError=TaskFailed)
         self.options, self.made, self.busy, self.down, self.shared = None, [], {}, False, {}
         self.shuffled, self.random = False, np.random.default_rng(0)
-        self.resources, self.asked_for = {"CPU": 2.0}, []
+        self.resources, self.asked_for, self.free = {"CPU": 2.0}, [], None
 
     def init(self, **options):
         self.options = options
+
+    def is_initialized(self):
+        return False
 
     def shutdown(self):
         self.down = True
 
     def cluster_resources(self):
         return self.resources
+
+    def available_resources(self):
+        return self.resources if self.free is None else self.free
 
     def put(self, value):
         self.shared[key := f"object {len(self.shared)}"] = value
@@ -802,6 +817,8 @@ class StandIn(types.ModuleType):
             return getattr(actor, name)(*given)
         except Dead as error:
             raise ActorError(*error.args) from None
+        except (widowx.RobotError, widowx.TaskError) as error:
+            raise TaskFailed(error) from None
 
 
 @pytest.fixture
@@ -934,6 +951,57 @@ def test_a_cluster_that_cannot_be_reached_is_named(ray, monkeypatch):
     refused(workers.Pool, 1, "", Doubler, (), words=("a Ray cluster on this machine", "Could not find"))
     monkeypatch.setitem(sys.modules, "ray", None)
     refused(workers.Pool, 1, "", Doubler, (), words=("--num-cache-workers", "pip install ray"))
+
+
+class MadeUpTask(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Box(-1, 1, (7,))
+    instruction = "go there"
+
+    def __init__(self, number):
+        if number < 0:
+            raise widowx.TaskError("no such robot")
+        self.number = number
+
+    def reset(self, *, seed=None, options=None):
+        return self.number + np.array([seed, len(options or ())], np.float32), {}
+
+    def step(self, action):
+        if action.sum() > 100:
+            raise widowx.RobotError("the arm is stuck")
+        if action.sum() > 10:
+            raise Dead("the network is down")
+        return action[:2], 1.0, True, False, {"executed": action / 2}
+
+
+def remote_robot(**options):
+    args = types.SimpleNamespace(robot_node="arm", num_cache_workers=0, ray="")
+    return workers.RemoteEnv(args, "made-up", options)
+
+
+def test_the_robots_loop_runs_on_the_machine_that_has_the_robot(ray, monkeypatch):
+    """All that crosses the network is what `reset` and `step` are given and return; its errors arrive as they are."""
+    monkeypatch.setattr(workers, "make_env", lambda env_id, **options: MadeUpTask(**options))
+    ray.resources = {"CPU": 1.0, "arm": 1.0}
+    env = remote_robot(number=3)
+    assert ray.options["resources"] == {"arm": 1} and ray.asked_for[-1] == {"num_cpus": 0, "resources": {"arm": 1}}
+    assert env.instruction == "go there" and env.action_space == MadeUpTask.action_space
+    obs, info = env.reset(seed=4, options={"distractors": False})
+    assert obs.tolist() == [7, 4] and info == {}
+    obs, reward, terminated, truncated, info = env.step(np.full(7, 0.5))
+    assert (obs.tolist(), reward, terminated, truncated) == ([0.5, 0.5], 1.0, True, False)
+    assert info["executed"].tolist() == [0.25] * 7
+    with pytest.raises(widowx.RobotError, match="^the arm is stuck$"):
+        env.step(np.full(7, 50))
+    with pytest.raises(widowx.RobotError, match="process or its machine is gone.*--resume"):
+        env.step(np.full(7, 2))
+    with pytest.raises(widowx.TaskError, match="^no such robot$"):
+        remote_robot(number=-1)
+
+
+def test_a_robot_that_no_machine_has_or_another_run_has_is_named(ray):
+    refused(remote_robot, words=("--robot-node arm", "ray start", '"arm": 1'))
+    ray.resources, ray.free = {"CPU": 1.0, "arm": 1.0}, {"CPU": 1.0}
+    refused(remote_robot, words=("--robot-node arm", "another run"))
 
 
 def test_no_worker_asks_for_more_than_there_is(ray):

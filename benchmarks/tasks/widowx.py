@@ -101,6 +101,8 @@ class WidowXEnv(gym.Env):
     def reset(self, *, seed=None, options=None):
         """Objects in place, arm at the start with its gripper open.
 
+        options: {"distractors": False} takes the distractor away, of a simulated task that has one.
+
         Raises:
             RobotError: it does not get there, or does not answer.
         """
@@ -108,6 +110,8 @@ class WidowXEnv(gym.Env):
         if not self.connected:
             self._connect()
         self._until_at_start(lambda _: self.client.reset())
+        if isinstance(self.client, SimClient):
+            self.client.hidden = not (options or {}).get("distractors", True)
         self.prepare(seed)  # not before: the gripper may hold something, and no hand should be near an arm that moves
         self.obs = self._observe(time.monotonic() + self.patience)
         # From here on we follow the target that the robot keeps to itself; its reset sets it to where the arm is.
@@ -268,8 +272,9 @@ def make_sim(
 
 
 def make_real(
-    instruction: str = "", host: str = "localhost", port: int = 5556, reward: str = "keyboard", image_size: int = 256,
-    max_steps: int = 60, hz: float = 3.0, start=REAL_START, workspace=REAL_WORKSPACE, patience: float = 60.0, ask=input,
+    instruction: str = "", host: str = "localhost", port: int = 5556, reward: str = "keyboard", scene: str = "keyboard",
+    image_size: int = 256, max_steps: int = 60, hz: float = 3.0, start=REAL_START, workspace=REAL_WORKSPACE,
+    patience: float = 60.0, ask=input,
 ) -> WidowXEnv:  # fmt: skip
     """The real arm, 3 Hz for a VLA (5 for a small policy).
 
@@ -278,15 +283,19 @@ def make_real(
         host, port: of the robot's server.
         reward: `keyboard` (Enter ends the episode, then y or n) or `module:function`, a program that is given the image
             (H, W, 3) uint8 and the state (7,) after each step and says whether the task is done.
+        scene: who puts the objects in new places, before each episode with the arm at its start: `keyboard`, the
+            operator, or `module:function`, a program that is given the seed.
         ask: puts a question to the operator and returns the answer.
         the others: see `WidowXEnv`.
     Raises:
-        TaskError: there is no instruction, no such reward program, or no client installed.
+        TaskError: there is no instruction, no such program, or no client installed.
         RobotError: no server answers, or this process has made a client before: the public one works once.
     """
     if not instruction.strip():
         raise TaskError('widowx-real needs an instruction, e.g. "put the vegetable on the plate"')
     judge = keyboard_judge(ask) if reward == "keyboard" else program_judge(reward)
+    question = "Put the objects in new places, step back, and press Enter: "
+    prepare = (lambda seed: answer(ask, question)) if scene == "keyboard" else program(scene, "--scene")
     try:
         client_class = importlib.import_module("widowx_envs.widowx_env_service").WidowXClient
     except ImportError as error:
@@ -297,9 +306,6 @@ def make_real(
         raise RobotError(
             f"no robot at {host}:{port} ({_first_line(error)}); is `widowx_env_service.py --server` running there?"
         ) from error
-
-    def prepare(seed):
-        answer(ask, "Put the objects in new places, step back, and press Enter: ")
 
     return WidowXEnv(
         client, instruction, prepare, judge, image_size=image_size, max_steps=max_steps, hz=hz, start=start,
@@ -342,14 +348,26 @@ def keyboard_judge(ask, pressed=None):
 
 def program_judge(reward: str):
     """The judgement of `module:function`; see widowx_colour.py for one."""
-    module, _, name = reward.partition(":")
+    done = program(reward, "--reward")
+    return lambda image, proprio, last: True if done(image, proprio) else None
+
+
+def program(reference: str, flag: str):
+    """The function that `module:function` names.
+
+    Raises:
+        TaskError: there is none; the message names the flag.
+    """
+    module, _, name = reference.partition(":")
     try:
-        program = getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise TaskError(
-            f"--reward {reward}: there is no such program ({error}); it is keyboard or module:function"
+            f"{flag} {reference}: there is no such program ({error}); it is keyboard or module:function"
         ) from error
-    return lambda image, proprio, last: True if program(image, proprio) else None
+    if not callable(found):
+        raise TaskError(f"{flag} {reference}: that is no function; it is keyboard or module:function")
+    return found
 
 
 # --- DEMONSTRATIONS ---

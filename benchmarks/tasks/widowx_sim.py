@@ -260,7 +260,7 @@ class SimClient:
         self.site = self.model.site("end_effector").id
         self.pads = [int(self.model.body(f"{side}_finger").id) for side in ("left", "right")]
         self.limits = np.deg2rad([part[4] for part in ARM])
-        self.renderer, self.initialized, self.calls_to_lose = None, False, 0
+        self.renderer, self.initialized, self.calls_to_lose, self.hidden = None, False, 0, False
         self.seed(seed)
 
     def seed(self, seed) -> None:
@@ -268,7 +268,7 @@ class SimClient:
         self.random, self.frame_random = np.random.default_rng(seed), np.random.default_rng([seed, 1])
 
     def place(self, seed) -> None:
-        """Begin anew, with the objects where this seed puts them."""
+        """Begin anew, with the objects where this seed puts them; a `hidden` distractor out of sight."""
         self.seed(seed)
         self._reset()
 
@@ -420,6 +420,8 @@ class SimClient:
                 place = np.array([x, y]) + self.random.uniform(-1, 1, 2) * (a, b)
             taken.append(place)
             yaw = self.random.uniform(-0.5, 0.5)
+            if name == "distractor" and self.hidden:
+                place = np.array([-5.0, 0.0])  # behind the robot, where the camera does not look
             self.data.joint(name).qpos[:] = [
                 *place,
                 height + OBJECTS[kind][0] + 0.001,

@@ -7,6 +7,7 @@ percentile, and the gripper from 0 (closed) to 1 (open). Only here is it turned 
 import pathlib
 import zipfile
 from dataclasses import dataclass
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -20,6 +21,7 @@ from benchmarks.harness.runs import write_atomically
 from benchmarks.tasks import make_env
 from benchmarks.tasks.dataset import Dataset
 from benchmarks.tasks.widowx import collect_demonstrations
+from benchmarks.vla.workers import RemoteEnv
 
 
 @dataclass
@@ -32,6 +34,14 @@ class RobotArgs(RunArgs):
     robot_host: str = "localhost"  # where the real robot's server is
     robot_port: int = 5556  # and its port
     reward: str = "keyboard"  # on the real robot: the operator says, or a program `module:function`
+    scene: str = "keyboard"  # there: the operator puts the objects in new places, or a program `module:function`
+    hz: float = (
+        0.0  # actions a second; 0: 3 on the real robot (the paper's, for a VLA), in simulation as fast as it goes
+    )
+    distractors: Literal["task", "always", "never", "online"] = (
+        "task"  # simulated; online: not before; task: the paper's
+    )
+    robot_node: str = ""  # Ray resource of the machine at the robot, whose loop runs there; empty: here
     # server
     serve: int = 0  # with --resume: do not train, answer OpenVLA's REST protocol on this port
     serve_host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: anybody's requests
@@ -49,11 +59,17 @@ def check_flags(args) -> None:
         fail('--env-id widowx-real needs an instruction, e.g. --instruction "put the vegetable on the plate"')
     if args.env_id == "widowx-real" and args.checkpoint == "tiny":
         fail("--checkpoint tiny is cloned on a simulated robot; for widowx-real name a folder or a hub id of weights")
+    if args.env_id == "widowx-real" and args.capture_video:
+        fail("--capture-video would move the real robot for a film; filmstrip.png shows its episodes")
+    if args.env_id == "widowx-real" and args.robot_node and "keyboard" in (args.reward, args.scene):
+        fail("--robot-node: no terminal belongs to the robot's process there; let --reward and --scene name programs")
+    if not 0 <= args.hz < np.inf:
+        fail("--hz must not be negative; 0 is the task's own")
     if not args.plain:
         fail("--no-plain is for critics of vectors")
     cloned = ("num_demonstrations",) if args.checkpoint == "tiny" and args.num_cloning_steps else ()
     sizes = "camera_size", "critic_image", "encoder_width", "encoder_blocks", "lora_rank", "distill_batch_size"
-    for name in ("num_zero_shot", "max_steps", "cache_batch", *sizes, *cloned):
+    for name in ("num_zero_shot", "max_steps", "cache_batch", "distill_episodes", *sizes, *cloned):
         if np.min(getattr(args, name), initial=1) < 1:
             fail(f"{flag(name)} must be at least 1")
     if args.encoder_width % 4:
@@ -124,13 +140,13 @@ def unpack(obs, policy_size: int, critic_size: int):
     )
 
 
-def collect(env, act, seed: int, run) -> tuple[dict[str, np.ndarray], bool]:
+def collect(env, act, seed: int, run, options=None) -> tuple[dict[str, np.ndarray], bool]:
     """One episode of `act` (obs (1, O) -> normalised (1, 7)) of N steps, and whether it reached the goal.
 
     Returns `obs` (N + 1, O) uint8, packed, each image once; `actions` (N, 7), as executed; `rewards` (N,); `terminals`
     (N,) bool.
     """
-    obs, info = env.reset(seed=seed % 2**32)
+    obs, info = env.reset(seed=seed % 2**32, options=options)
     rows, done, success = {"obs": [obs], "actions": [], "rewards": [], "terminals": []}, False, False
     while not done:
         run.check_stop()
@@ -147,10 +163,16 @@ def collect(env, act, seed: int, run) -> tuple[dict[str, np.ndarray], bool]:
 
 def robot_options(args) -> dict:
     """What the task is told of a run's flags."""
-    options = dict(image_size=args.camera_size, max_steps=args.max_steps)
+    options = dict(image_size=args.camera_size, max_steps=args.max_steps) | ({"hz": args.hz} if args.hz else {})
     if args.env_id == "widowx-real":
         options |= dict(instruction=args.instruction, host=args.robot_host, port=args.robot_port, reward=args.reward)
-    return options
+        return options | dict(scene=args.scene)
+    return options | dict(distractors={"task": None, "never": False}.get(distractors(args), True))
+
+
+def distractors(args) -> str:
+    """When there are some: the paper's pot has none in its demonstrations, and some in online fine-tuning (5.2)."""
+    return "online" if args.distractors == "task" and "-pot-" in args.env_id else args.distractors
 
 
 def set_up_robot(args, statistics, policy_size: int):
@@ -160,17 +182,23 @@ def set_up_robot(args, statistics, policy_size: int):
         env = make_env(env_id, **robot_options(args), **more)
         return RobotEnv(env, statistics, policy_size, args.critic_image)
 
+    real = args.env_id == "widowx-real"
     try:
-        env = make_robot(args.env_id)
+        env = None if args.robot_node else make_robot(args.env_id)
+        check_optional_parts(args, make_robot)
+        envs = None if real else make_vector_env(args, make_robot)
+        if args.robot_node:
+            there = RemoteEnv(args, args.env_id, robot_options(args))
+            env = RobotEnv(there, statistics, policy_size, args.critic_image)
     except ValueError as error:
         fail(str(error))
-    check_optional_parts(args, make_robot)
-    return env, None if args.env_id == "widowx-real" else make_vector_env(args, make_robot), make_robot
+    return env, envs, make_robot
 
 
 def demonstrations(args, env: RobotEnv, image_sizes, device):
     """Images uint8 (N, 3, H, W) at the policy's size and normalised actions (N, 7) of scripted episodes."""
-    found = collect_demonstrations(args.env_id, args.num_demonstrations, args.seed, **robot_options(args))
+    options = robot_options(args) | ({"distractors": False} if distractors(args) == "online" else {}) | {"hz": None}
+    found = collect_demonstrations(args.env_id, args.num_demonstrations, args.seed, **options)
     episodes = [as_episode(demonstration, env) for demonstration in found]
     states = torch.as_tensor(np.concatenate([e["obs"][:-1] for e in episodes]), device=device)
     actions = torch.as_tensor(np.concatenate([e["actions"] for e in episodes]), device=device)
@@ -235,9 +263,11 @@ def get_episode(env, act, number: int, version: str, run) -> tuple[dict[str, np.
         saved = read_arrays(path)
         if str(saved.pop("version")) == version:
             return saved, bool(saved.pop("success"))
+    early = distractors(run.args) == "online" and number < run.args.num_zero_shot
     with torch.random.fork_rng():  # so that a resumed run draws the same later
         torch.manual_seed(run.args.seed * 100_003 + number)
-        episode, success = collect(env, act, run.args.seed * 100_003 + number, run)
+        seed, options = run.args.seed * 100_003 + number, {"distractors": False} if early else None
+        episode, success = collect(env, act, seed, run, options)
     write_arrays(path, **episode, version=version, success=success)
     return episode, success
 

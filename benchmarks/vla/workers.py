@@ -10,27 +10,31 @@ import os
 import pathlib
 import socket
 
+import gymnasium as gym
 import numpy as np
 import torch
 
 from benchmarks.harness.cli import available_cores, fail
+from benchmarks.tasks import make_env
+from benchmarks.tasks.widowx import RobotError
 from benchmarks.vla.checkpoint import TrainedPart
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MOST_DEATHS = 3  # of the workers asked one question
 
 
-def check_ray(num_workers: int, address: str):
-    """The module `ray`, or the end in one line where workers are asked for and Ray or its cluster is not there.
+def check_ray(num_workers: int, address: str, robot_node: str = ""):
+    """The module `ray`, or the end in one line where it is asked for and Ray or its cluster is not there.
 
     Ray itself asks for minutes whether an address that nobody answers at has come up.
     """
-    if num_workers == 0:
-        return fail("--ray is where the cache workers run: add --num-cache-workers") if address else None
+    if num_workers == 0 and not robot_node:
+        where = "--ray is where the cache workers and the robot's loop run: add --num-cache-workers or --robot-node"
+        return fail(where) if address else None
     try:
         import ray
     except ImportError:
-        fail("--num-cache-workers needs Ray: pip install ray")
+        fail("--num-cache-workers and --robot-node need Ray: pip install ray")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         try:
@@ -40,23 +44,33 @@ def check_ray(num_workers: int, address: str):
     return ray
 
 
+def join_ray(num_cores: int, address: str, node: str = ""):
+    """Ray, connected to the cluster at `address`, or to a new one of so many cores on this machine, which has the
+    resource `node`; once in a process.
+    """
+    ray = check_ray(num_cores, address, node)
+    if ray.is_initialized():
+        return ray
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            ray.init(num_cpus=num_cores, include_dashboard=False, resources={node: 1} if node else None, **options)
+    except Exception as error:  # of Ray's many kinds
+        where = f"--ray {address}" if address else "a Ray cluster on this machine"
+        fail(f"{where} cannot be reached or started ({(str(error).strip().splitlines() or [repr(error)])[0]})")
+    return ray
+
+
 class Pool:
     """`num` actors, each `make(*args)`, with one question at a time before it."""
 
     def __init__(self, num: int, address: str, make, args: tuple, gpus: float = 0.0):
         """address: of a Ray cluster, empty: a new one on this machine. gpus: share of a GPU that each worker gets."""
-        ray = check_ray(num, address)
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False, "logging_level": "ERROR"}
-        try:
-            if address:
-                ray.init(address=address, **options)
-            else:
-                ray.init(num_cpus=num, include_dashboard=False, **options)
-        except Exception as error:  # of Ray's many kinds
-            where = f"--ray {address}" if address else "a Ray cluster on this machine"
-            fail(f"{where} cannot be reached or started ({(str(error).strip().splitlines() or [repr(error)])[0]})")
+        ray = join_ray(num, address)
         there = ray.cluster_resources()
         if gpus and not there.get("GPU"):
             fail("the trainer is on a GPU and Ray finds none for the cache workers: leave --num-cache-workers out")
@@ -97,6 +111,8 @@ class Pool:
             current = asked_in == self.round  # else it was asked under the same name of an earlier policy
             try:
                 answer = self.ray.get(reference)
+            except self.ray.exceptions.RayTaskError as error:  # whose first line says only where it was raised
+                raise error.cause from None
             except self.ray.exceptions.RayActorError as error:
                 self.deaths[name] += current
                 if current and self.deaths[name] == MOST_DEATHS:
@@ -113,6 +129,76 @@ class Pool:
 
     def close(self) -> None:
         self.ray.shutdown()
+
+
+class RobotProcess:
+    """An environment in a process of its own, on the machine at the robot."""
+
+    def __init__(self, env_id: str, options: dict):
+        self.env_id, self.options, self.env = env_id, options, None
+
+    def about(self):
+        """Its spaces and its instruction; here and not before it is made, so that what is wrong arrives by itself."""
+        self.env = self.env or make_env(self.env_id, **self.options)
+        return self.env.observation_space, self.env.action_space, self.env.unwrapped.instruction
+
+    def reset(self, seed, options):
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        return self.env.step(action)
+
+    def render(self):
+        return self.env.render()
+
+    def close(self):
+        self.env.close()
+
+
+class RemoteEnv(gym.Env):
+    """An environment whose steps run on the node of the cluster args.ray that has the resource args.robot_node.
+
+    So the robot's machine needs no GPU, and the trainer's no robot: an observation and an action cross the network once
+    a step, and pacing, waiting and the safety box stay with the robot. Without args.ray it is a process here.
+    """
+
+    render_mode = "rgb_array"
+
+    def __init__(self, args, env_id: str, options: dict):
+        node = args.robot_node
+        self.ray = join_ray(args.num_cache_workers + 1, args.ray, node)
+        if not self.ray.cluster_resources().get(node):
+            how = f"ray start --address={args.ray} --resources='{{\"{node}\": 1}}'"
+            fail(f"--robot-node {node}: no machine of the cluster has this resource; on the robot's: {how}")
+        if not self.ray.available_resources().get(node):  # Ray would wait without a word
+            fail(f"--robot-node {node}: another run has this robot; stop it first")
+        self.actor = self.ray.remote(num_cpus=0, resources={node: 1})(RobotProcess).remote(env_id, options)
+        self.observation_space, self.action_space, self.instruction = self._ask("about")
+
+    def _ask(self, name: str, *args):
+        """The answer to a method's call; what the robot's process raises is raised here.
+
+        Raises:
+            RobotError: that process, its machine or the way there is gone.
+        """
+        try:
+            return self.ray.get(getattr(self.actor, name).remote(*args))
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self.ray.exceptions.RayActorError as error:
+            raise RobotError("the robot's process or its machine is gone; put that right and --resume") from error
+
+    def reset(self, *, seed=None, options=None):
+        return self._ask("reset", seed, options)
+
+    def step(self, action):
+        return self._ask("step", action)
+
+    def render(self):
+        return self._ask("render")
+
+    def close(self):
+        self._ask("close")
 
 
 class CacheWorker:
