@@ -106,7 +106,7 @@ class Args(robot.RobotArgs):
     keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
     climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
     climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
-    greedy_rollouts: bool = False  # act with the best candidate (release); else draw from equation 4.3
+    greedy_rollouts: bool = False  # act with the best candidate; else draw from equation 4.3
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release)
 
 
@@ -845,6 +845,7 @@ def main(argv: list[str] | None = None) -> None:
             files.write_checkpoint(run.folder / "cloned", policy.model, files.TINY_STATISTICS)
         files.train_only(policy.model, adapters(policy.model))
         pool = make_pool(args, run, policy, make_policy, draw_candidates)
+        robot.tell_stale_cache(run, policy.version())
 
         # Zero-shot episodes of the policy as it is; those that a stopped run has are read from their files
         for i in range(args.num_zero_shot + run.progress["step"] if run.phase == "online" else 0):
@@ -855,7 +856,7 @@ def main(argv: list[str] | None = None) -> None:
                 episode, success = robot.get_episode(env, act_policy, i, policy.version(), run)
                 buffer.add(episode)
                 successes.append(success)
-            print(f"zero-shot: success {np.mean(successes):.0%} in {args.num_zero_shot} episodes")
+            robot.tell_zero_shot(run, successes)
 
         # Phase 2: train the critic on them (algorithm 2, lines 3 and 4), with candidates that are drawn once
         rows, arrivals = None, refresh(policy, buffer, run, pool)

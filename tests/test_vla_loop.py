@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -472,6 +473,16 @@ def test_a_stale_candidate_is_never_used(cache):
     assert set(buffer.versions) == {policy.version()} and not torch.equal(buffer.candidates, old)
 
 
+def test_a_cache_of_another_policy_is_told_of(tmp_path, capsys):
+    run = types.SimpleNamespace(folder=tmp_path)
+    for number, version in enumerate(("this", "that", "this", "an older one")):
+        robot.write_candidates(run, number, version, np.zeros((3, 2, 7), np.float32))
+    robot.tell_stale_cache(run, "this")
+    assert "2 of 4 episodes' candidates are of another policy" in capsys.readouterr().out
+    robot.tell_stale_cache(types.SimpleNamespace(folder=tmp_path / "new"), "this")
+    assert not capsys.readouterr().out
+
+
 def test_what_was_drawn_is_found_after_a_stop(cache, monkeypatch):
     """Of the version that is asked for; nothing is drawn twice, and a file of another version is not taken."""
     policy, buffer, args, run = cache
@@ -604,6 +615,7 @@ def test_a_run_that_is_killed_in_every_phase_ends_with_the_same_numbers(tmp_path
     for name in (*pictures, "config.json", "metrics.csv", "cloned/model.safetensors", "episodes/00003.npz"):
         assert (folder / name).stat().st_size > 0
     assert {row["phase"] for row in rows_of(folder)} == {"cloning", "offline", "online"}
+    assert len([row for row in rows_of(folder) if row["zero_shot_success"]]) == 1
     again, killed = None, start([*REAL, "--runs", str(tmp_path / "b")])
     for sign in ("metrics.csv", "episodes/00000.npz", "cache/00000.npz", "episodes/00002.npz"):
         deadline = time.monotonic() + 120
@@ -624,7 +636,7 @@ def test_a_run_that_is_killed_in_every_phase_ends_with_the_same_numbers(tmp_path
     assert any(value.abs().max() > 0 for name, value in saved["policy"].items() if ".lora_B." in name)
 
 
-def test_serving_what_a_finished_run_has_learned(notes, monkeypatch):
+def test_serving_what_a_finished_run_has_learned(notes, monkeypatch, tmp_path):
     """`--resume FOLDER --serve PORT`: the run's base model and adapters, the likeliest action, in metres."""
     pytest.importorskip("json_numpy", reason=INSTALL)
     answered, folder = [], notes[1]["folder"]
@@ -653,6 +665,12 @@ def test_serving_what_a_finished_run_has_learned(notes, monkeypatch):
     assert (port, host) == (8123, "127.0.0.1")
     np.testing.assert_allclose(action, likeliest[1])
     assert not np.allclose(likeliest[0], likeliest[1]), "the adapters make no difference: nothing was tested"
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    (damaged / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:5000])
+    with pytest.raises(SystemExit, match="error: .*checkpoint.pt cannot be read") as stopped:
+        script.main(["--resume", str(damaged), "--serve", "8123"])
+    assert "\n" not in str(stopped.value)
 
 
 def test_on_the_real_robot_nothing_is_evaluated_beside_its_own_episodes(notes, monkeypatch, tmp_path):
@@ -774,6 +792,8 @@ class Rows(torch.Tensor):
         ("--no-plain", "vectors"),
         ("--robot-node arm --env-id widowx-real --checkpoint x --instruction go", "no terminal"),
         ("--capture-video --env-id widowx-real --checkpoint x --instruction go", "film"),
+        ("--compile yes", "--compile"),
+        ("--dataset-path some.npz", "--dataset-path"),
         ("--hz -3", "--hz"),
         ("--distill-episodes 0", "--distill-episodes"),
         ("--distill-selection perhaps", "perhaps"),

@@ -111,8 +111,8 @@ def test_pickled_weights_are_never_opened(tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
-def test_a_full_size_model_is_for_a_gpu_with_room(monkeypatch, tmp_path):
-    """Said before any of the weights are read; a tiny one may run anywhere."""
+def test_a_full_size_model_is_for_a_gpu_with_room(monkeypatch):
+    """A tiny one may run anywhere. That it is said before weights are read: test_a_checkpoint_of_the_hub."""
     size = 7_498_156_704
     refused(files.check_memory, size, CPU, words=("7.5 billion", "GPU", "CPU", "--checkpoint tiny"))
     files.check_memory(10_000_000, CPU)
@@ -123,10 +123,6 @@ def test_a_full_size_model_is_for_a_gpu_with_room(monkeypatch, tmp_path):
             files.check_memory(size, torch.device("cuda"))
         else:
             refused(files.check_memory, size, torch.device("cuda"), words=("7.5 billion", f"has {gib}"))
-    write_weights(tmp_path, **SHAPES)
-    monkeypatch.setattr(files, "LARGE", 10)
-    monkeypatch.setattr(torch.Tensor, "to", lambda *_: pytest.fail("weights were read"))
-    refused(read, tmp_path, words=("this is a CPU",))
 
 
 # --- CONFIG, STATISTICS, TOKENIZER, FOLDER ---
@@ -208,8 +204,9 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     refused(load, tmp_path, 32064, 0, words=("tokenizer.json", "no BOS"))
     write_tokenizer(tmp_path, robot=19965)
     refused(load, tmp_path, 32064, 0, words=("tokenizer.json", "another vocabulary", "19965", "19964"))
-    write_tokenizer(tmp_path, **{f"word {i}": 40_000 + i for i in range(32_100)})
-    refused(load, tmp_path, 32064, 0, words=("tokenizer.json", "another vocabulary"))
+    for changed in ({f"word {i}": 40_000 + i for i in range(32_100)}, {"<robot>": 32_064}):
+        write_tokenizer(tmp_path, **changed)
+        refused(load, tmp_path, 32064, 0, words=("tokenizer.json", "another vocabulary"))
 
 
 def test_the_tiny_models_words_have_ids_of_their_own():
@@ -224,26 +221,42 @@ def test_the_tiny_models_words_have_ids_of_their_own():
 def test_what_is_no_folder_and_no_id_of_the_hub(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # nobody is asked
-    refused(files.checkpoint_folder, name, words=(f"--checkpoint {name}", "no such folder", "owner/name", "tiny"))
+    words = f"--checkpoint {name}", "no such folder", "owner/name", "tiny"
+    refused(files.checkpoint_folder, name, "*.json", words=words)
 
 
 def test_a_checkpoint_of_the_hub(monkeypatch, tmp_path):
-    """Downloaded without the formats that can run code; what goes wrong is told in one line."""
+    """Downloaded without the formats that can run code, and its weights last; what goes wrong is told in one line."""
     asked, hub = [], types.ModuleType("huggingface_hub")
-    hub.snapshot_download = lambda name, **options: asked.append((name, options)) or str(tmp_path)
+    hub.snapshot_download = lambda name, **options: asked.append((name, options["allow_patterns"])) or str(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert files.checkpoint_folder("openvla/openvla-7b") == tmp_path
-    ((name, options),) = asked
-    assert name == "openvla/openvla-7b" and set(options["allow_patterns"]) == {"*.json", "*.safetensors"}
-    assert files.checkpoint_folder(str(tmp_path)) == tmp_path and len(asked) == 1
+    assert files.checkpoint_folder("openvla/openvla-7b", "*.json") == tmp_path
+    assert files.checkpoint_folder(str(tmp_path), "*.json") == tmp_path
+    sizes = script.TINY
+    files.write_checkpoint(tmp_path, script.OpenVLA(sizes), files.TINY_STATISTICS)
+    args = script.Args(checkpoint="open/vla", preset="widowx")
+    opened = files.open_checkpoint(args, script.Sizes, sizes)
+    assert opened.sizes == sizes and asked == [("openvla/openvla-7b", ["*.json"]), ("open/vla", ["*.json"])]
+    files.load_model(script.OpenVLA, opened, CPU)
+    assert asked[2:] == [("open/vla", ["*.safetensors"])]
+
+    # 7 billion parameters: neither for a preset of tiny sizes nor for a CPU, which is seen without their weights
+    (tmp_path / "config.json").write_text(json.dumps({"norm_stats": files.TINY_STATISTICS}))
+    monkeypatch.setattr(files, "load_tokenizer", lambda *_: None)
+    open_it = lambda args: files.open_checkpoint(args, script.Sizes, sizes)  # noqa: E731
+    refused(open_it, args, words=("--preset widowx", "open/vla", "add --preset default"))
+    opened = open_it(script.Args(checkpoint="open/vla", preset="default"))
+    refused(files.load_model, script.OpenVLA, opened, CPU, words=("7.5 billion", "CPU"))
+    assert [files_ for _, files_ in asked[3:]] == [["*.json"], ["*.json"]]
 
     def unreachable(*_, **__):
         raise ConnectionError("401 Client Error.\nRepository Not Found")
 
     hub.snapshot_download = unreachable
-    refused(files.checkpoint_folder, "open/vla", words=("open/vla", "could not be downloaded", "401 Client Error."))
+    fetch = lambda: files.checkpoint_folder("open/vla", "*.json")  # noqa: E731
+    refused(fetch, words=("open/vla", "could not be downloaded", "401 Client Error."))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused(files.checkpoint_folder, "open/vla", words=("open/vla", "pip install huggingface_hub"))
+    refused(fetch, words=("open/vla", "pip install huggingface_hub"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK nothing", b"\x93NUMPY", None])

@@ -36,8 +36,10 @@ UNUSED = re.compile(r"vision_backbone\.(fused_)?featurizer\.(norm\.|attn_pool\.|
 LARGE = 1e9  # parameters from which on a model is not for a CPU
 
 
-def checkpoint_folder(checkpoint: str) -> pathlib.Path:
-    """The checkpoint on this machine: a folder's path, or an id of the Hugging Face hub, which is downloaded."""
+def checkpoint_folder(checkpoint: str, files: str) -> pathlib.Path:
+    """The checkpoint on this machine: a folder's path, or an id of the Hugging Face hub, of which these files (a
+    pattern) are downloaded.
+    """
     path = pathlib.Path(checkpoint).expanduser()
     if path.is_dir():
         return path
@@ -49,7 +51,7 @@ def checkpoint_folder(checkpoint: str) -> pathlib.Path:
     except ImportError:
         fail(f"--checkpoint {checkpoint} is no folder here; to download it: pip install huggingface_hub")
     try:
-        return pathlib.Path(snapshot_download(checkpoint, allow_patterns=["*.json", "*.safetensors"]))
+        return pathlib.Path(snapshot_download(checkpoint, allow_patterns=[files]))
     except Exception as error:  # of the hub's many kinds
         why = (str(error).strip() or repr(error)).splitlines()[0]
         fail(f"--checkpoint {checkpoint} could not be downloaded ({why})")
@@ -69,10 +71,10 @@ def read_config(folder: pathlib.Path) -> tuple[dict, dict]:
 
 
 class Opened(NamedTuple):
-    """What is known of a checkpoint before anything heavy is read."""
+    """What is known of a checkpoint before anything heavy is read or downloaded."""
 
     sizes: object  # of the networks
-    folder: pathlib.Path | None  # None: random weights
+    checkpoint: str  # folder or hub id; empty: random weights
     tokenize: object  # text -> ids
     statistics: dict  # of the robot's actions: q01, q99, mask
 
@@ -86,14 +88,17 @@ def cloned_folder(args) -> pathlib.Path | None:
 
 def open_checkpoint(args, sizes_class, tiny, folder: pathlib.Path | None = None) -> Opened:
     """Open args.checkpoint, or a folder that is named. sizes_class, tiny: a script's sizes, and those of `tiny`."""
-    if folder is None and args.checkpoint == "tiny":
+    checkpoint = str(folder or "") if args.checkpoint == "tiny" else args.checkpoint
+    if not checkpoint:
         sizes, statistics = tiny, TINY_STATISTICS
     else:
-        folder = folder or checkpoint_folder(args.checkpoint)
+        folder = checkpoint_folder(checkpoint, "*.json")
         changed, statistics = read_config(folder)
         sizes = sizes_class(**changed)
+        if args.preset == "widowx" and sizes.vocabulary >= FULL_VOCABULARY:
+            fail(f"--preset widowx is sized for a tiny model, and {checkpoint} is none: add --preset default")
     tokenize = load_tokenizer(folder, sizes.vocabulary, sizes.last_action - 256 - 3)
-    return Opened(sizes, folder, tokenize, action_statistics(statistics, args.unnorm_key))
+    return Opened(sizes, checkpoint, tokenize, action_statistics(statistics, args.unnorm_key))
 
 
 def action_statistics(statistics: dict, key: str) -> dict[str, np.ndarray]:
@@ -125,7 +130,7 @@ def load_tokenizer(folder: pathlib.Path | None, vocabulary: int, num_words: int)
     ids = tokenizer.encode(WORDS).ids
     if ids[:1] != [BOS]:
         fail(f"{path} puts no BOS before a text; without it OpenVLA does not understand what follows")
-    if ids != WORD_IDS or tokenizer.get_vocab_size() > vocabulary:
+    if ids != WORD_IDS or max(tokenizer.get_vocab().values()) >= vocabulary:
         fail(f"{path} is of another vocabulary than Llama 2's: it writes {WORDS!r} as {ids}, not {WORD_IDS}")
     return lambda text: tokenizer.encode(text).ids
 
@@ -170,20 +175,21 @@ def read_weights(folder: pathlib.Path, shapes: dict[str, tuple], device) -> dict
     told = [f"{len(names)} {what} ({min(names)} first)" for what, names in faults.items() if names]
     if told:
         fail(f"{folder} holds another model: of its tensors {', '.join(told)}")
-    check_memory(sum(int(np.prod(shape)) for shape in shapes.values()), device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {name: found[name][1].get_tensor(name).to(device, dtype) for name in shapes}
 
 
 def load_model(model_class, opened: Opened, device: torch.device) -> nn.Module:
     """`model_class(sizes)` with the checkpoint's weights, or random ones; the same random numbers follow either way."""
-    with torch.device("cpu" if opened.folder is None else "meta"):
+    with torch.device("meta" if opened.checkpoint else "cpu"):
         model = model_class(opened.sizes)
     torch.manual_seed(torch.initial_seed())  # a resumed run, which reads what it cloned, draws the same adapters
-    if opened.folder is None:
+    if not opened.checkpoint:
         return model.to(device)
+    check_memory(sum(p.numel() for p in model.parameters()), device)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    model.load_state_dict(read_weights(opened.folder, shapes, device), assign=True)
+    folder = checkpoint_folder(opened.checkpoint, "*.safetensors")
+    model.load_state_dict(read_weights(folder, shapes, device), assign=True)
     return model
 
 

@@ -30,7 +30,7 @@ class RobotArgs(RunArgs):
 
     # robot
     camera_size: int = 256  # pixels of the camera's image
-    max_steps: int = 60  # actions of an episode before it is cut (release: 200)
+    max_steps: int = 60  # actions of an episode before it is cut (release: 200, its rollout_timesteps)
     robot_host: str = "localhost"  # where the real robot's server is
     robot_port: int = 5556  # and its port
     reward: str = "keyboard"  # on the real robot: the operator says, or a program `module:function`
@@ -67,6 +67,10 @@ def check_flags(args) -> None:
         fail("--hz must not be negative; 0 is the task's own")
     if not args.plain:
         fail("--no-plain is for critics of vectors")
+    if args.compile == "yes":
+        fail("--compile yes: a VLA's updates are not compiled; leave it out")
+    if args.dataset_path or args.dataset_size or args.dataset_source != "auto":
+        fail("a VLA learns from the run's own episodes: leave --dataset-path, --dataset-size and --dataset-source out")
     cloned = ("num_demonstrations",) if args.checkpoint == "tiny" and args.num_cloning_steps else ()
     sizes = "camera_size", "critic_image", "encoder_width", "encoder_blocks", "lora_rank", "distill_batch_size"
     for name in ("num_zero_shot", "max_steps", "cache_batch", "distill_episodes", *sizes, *cloned):
@@ -250,6 +254,14 @@ def read_candidates(run, episode: int, version: str) -> np.ndarray | None:
     return saved["candidates"] if str(saved["version"]) == version else None
 
 
+def tell_stale_cache(run, version: str) -> None:
+    """A line about a resumed run's entries that another version of the policy drew; none of them is ever used."""
+    numbers = [int(path.stem) for path in (run.folder / "cache").glob("*.npz")]
+    stale = sum(read_candidates(run, number, version) is None for number in numbers)
+    if stale:
+        print(f"cache: {stale} of {len(numbers)} episodes' candidates are of another policy and will be drawn anew")
+
+
 def write_candidates(run, episode: int, version: str, candidates: np.ndarray) -> None:
     write_arrays(run.folder / "cache" / f"{episode:05}.npz", version=version, candidates=candidates)
 
@@ -270,6 +282,15 @@ def get_episode(env, act, number: int, version: str, run) -> tuple[dict[str, np.
         episode, success = collect(env, act, seed, run, options)
     write_arrays(path, **episode, version=version, success=success)
     return episode, success
+
+
+def tell_zero_shot(run, successes: list[bool]) -> None:
+    """The zero-shot episodes' success: a line, and a metric before the first update of phase 2."""
+    rate = float(np.mean(successes))
+    print(f"zero-shot: success {rate:.0%} in {len(successes)} episodes")
+    if "zero_shot_success" not in run.progress:  # a run that is resumed within phase 2 has the row
+        run.progress["zero_shot_success"] = rate
+        run.log({"zero_shot_success": rate})
 
 
 def finish_run(run, env, make_robot, act, policy, critic) -> None:

@@ -71,8 +71,11 @@ def serve(args, policy, statistics) -> None:
     path = pathlib.Path(args.resume) / "checkpoint.pt"
     if not args.resume or not path.is_file():
         fail("--serve needs --resume with the folder of a run that has been saved")
-    trained = torch.load(path, map_location="cpu", weights_only=True)["modules"]["policy"]
-    TrainedPart(policy.model).load_state_dict(trained)
+    try:
+        trained = torch.load(path, map_location="cpu", weights_only=True)["modules"]["policy"]
+        TrainedPart(policy.model).load_state_dict(trained)
+    except Exception as error:  # a damaged file can raise almost anything
+        fail(f"{path} cannot be read or does not fit this policy ({(str(error) or repr(error)).splitlines()[0]})")
     server = start_server(answer_with(policy, args.unnorm_key, statistics), args.serve, args.serve_host)
     print(f"POST http://{args.serve_host}:{server.server_port}/act as to OpenVLA's server; Ctrl-C ends it", flush=True)
     try:
