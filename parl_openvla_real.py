@@ -62,7 +62,7 @@ class Args(robot.RobotArgs):
     """PA-RL + Cal-QL for OpenVLA. Defaults shown are those of the preset in force."""
 
     env_id: str = "widowx-sim-vegetable-v0"  # widowx-real, widowx-sim-{vegetable,cup,pot}-v0
-    plain: bool = True  # always: the harness's fast critic knows vectors only
+    plain: bool = True  # always: the harness's fast critic knows vectors only, so all that are kept climb
     # policy
     checkpoint: str = "tiny"  # folder or hub id of OpenVLA's weights; tiny: a small random one, cloned first
     unnorm_key: str = "bridge_orig"  # robot whose action statistics are used
@@ -104,7 +104,6 @@ class Args(robot.RobotArgs):
     num_gradient_steps: int = 10  # T, gradient steps on each kept action; 0: rank only
     gradient_step_size: float = 3e-4  # alpha of equation 4.2
     keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
-    climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
     climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
     greedy_rollouts: bool = False  # act with the best candidate; else draw from equation 4.3
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release)
@@ -765,9 +764,9 @@ def distill_lora(policy, optimizer, critic, buffer, num_updates, greedy, args: A
     The candidates are the cached ones, of the policy as it was before. Returns as metrics the mean loss, and the
     annotations' mean Q and its standard deviation over the candidates of a state.
     """
-    states = buffer.obs_index[torch.randint(len(buffer.obs_index), (num_updates, args.distill_batch_size))]
+    rows = torch.randint(len(buffer.obs_index), (num_updates, args.distill_batch_size), device=buffer.device)
     losses, values, spreads = [], [], []
-    for index in states.to(buffer.device):
+    for index in buffer.obs_index[rows]:
         with torch.no_grad():
             obs = critic.encode(buffer.small[index], buffer.proprio[index])
         data_actions = buffer.action_at[index] if args.distill_data_actions else None
@@ -811,10 +810,11 @@ def main(argv: list[str] | None = None) -> None:
     network = args.encoder_width, args.encoder_blocks, args.critic_hidden, args.ensemble_size
     critic = PixelCritic(ACTION_DIM, 7 if args.use_proprio else 0, *network).to(device)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     base = {name: p for name, p in policy.model.named_parameters() if ".lora_" not in name}
-    cloning_optimizer = torch.optim.Adam(base.values() if tiny else [critic.head_bias], args.cloning_lr)
-    policy_optimizer = torch.optim.Adam(adapters(policy.model).values(), args.distill_lr)
+    cloned_weights = base.values() if tiny else [critic.head_bias]  # of a checkpoint: none, but Adam needs some
+    cloning_optimizer = torch.optim.Adam(cloned_weights, args.cloning_lr, fused=True)
+    policy_optimizer = torch.optim.Adam(adapters(policy.model).values(), args.distill_lr, fused=True)
     files.train_only(policy.model, adapters(policy.model) if cloned or not tiny else base)
 
     def act_policy(obs):

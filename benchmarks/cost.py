@@ -135,17 +135,19 @@ def distill_flops(args, obs_dim: int, action_dim: int, updates: int, num_states:
     return sampling + optimizing + updates * policy_update_flops(args, obs_dim, action_dim, args.batch_size)
 
 
-def online_flops(args, obs_dim: int, action_dim: int, steps: int, num_states: int, climbed=None) -> float:
+def online_flops(
+    args, obs_dim: int, action_dim: int, steps: int, num_states: int, climbed=None, in_targets=None
+) -> float:
     """A round online of so many environment steps: distilling, candidates for the critic's states, critic updates.
 
-    climbed: as in `optimize_flops`, the mean over the states of both.
+    climbed, in_targets: as in `optimize_flops`, when distilling and in the critic's targets.
     """
     num_distill, num_critic = updates_of_round(args, steps)
     # Cal-QL looks at s and s', RLPD at s' alone, IQL at no candidates
     looks = 0 if hasattr(args, "expectile") else 2 if hasattr(args, "cql_actions") else 1
     states = distinct(looks * num_critic * args.batch_size, num_states)
     sampling = sampling_flops(args, obs_dim, action_dim, states, args.num_samples)
-    critic = num_critic * critic_update_flops(args, obs_dim, action_dim, climbed)
+    critic = num_critic * critic_update_flops(args, obs_dim, action_dim, in_targets)
     return sampling + critic + distill_flops(args, obs_dim, action_dim, num_distill, num_states, climbed)
 
 
@@ -169,11 +171,14 @@ def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: i
     known = has_steps and hasattr(args, "policy_hidden") and hasattr(args, "policy_blocks")
     if not (hasattr(args, "num_gradient_steps") and (known or is_transformer(args))):
         return {}
-    sizes, best_only = (obs_dim, action_dim), args.greedy_rollouts and not args.climb_all and not args.plain
-    climbed = min(args.num_keep, args.climb_first or USUALLY_CLIMB) if best_only else None
+    sizes = obs_dim, action_dim
+    some = None if args.climb_all or args.plain else min(args.num_keep, args.climb_first or USUALLY_CLIMB)
+    # where only the best is wanted: in the critic's targets, and when acting and distilling (taken to be alike)
+    in_targets = None if getattr(args, "sample_backup", True) else some
+    climbed = some if args.greedy_rollouts else None
     flops = {"cloning": args.num_cloning_steps * policy_update_flops(args, *sizes, args.cloning_batch_size)}
     if hasattr(args, "num_offline_steps"):
-        flops["offline"] = args.num_offline_steps * critic_update_flops(args, *sizes, climbed)
+        flops["offline"] = args.num_offline_steps * critic_update_flops(args, *sizes, in_targets)
         if hasattr(args, "distill_every"):  # IQL
             updates = round(args.distill_every * args.distill_ratio)
             rounds = (
@@ -183,25 +188,29 @@ def phase_flops(args, obs_dim: int, action_dim: int, num_states: int, episode: i
         else:
             flops["caching"] = sampling_flops(args, *sizes, num_states, args.num_samples)
     acting = math.ceil(episode / args.chunk) * acting_flops(args, *sizes, 1, climbed)
-    flops["online"] = args.num_online_episodes * (acting + online_flops(args, *sizes, episode, num_states, climbed))
+    flops["online"] = args.num_online_episodes * (
+        acting + online_flops(args, *sizes, episode, num_states, climbed, in_targets)
+    )
     return flops
 
 
-def forecast(flops: dict[str, float], measured: dict[str, float], phase: str) -> str:
+def forecast(flops: dict[str, float], measured: dict[str, float], phase: str, device: str = "cpu") -> str:
     """A line on what all phases of a run take: as measured, the others by their arithmetic at the rate of `phase`.
 
-    measured: seconds of the phases so far, `phase` among them. Evaluations are not counted; online episodes are taken
-    to be as long as the data's longest trajectory until some were seen.
+    measured: seconds of the phases so far, `phase` among them; of a phase whose arithmetic is not counted the line says
+    these alone. device: its type. Evaluations are not counted; online episodes are taken to be as long as the data's
+    longest trajectory until some were seen.
     """
+    if not flops.get(phase):
+        return f"on this machine this phase ({phase}) takes about {duration(measured[phase])}"
     rate = measured[phase] / flops[phase]
     times = {name: measured.get(name, rate * work) for name, work in flops.items()}
     up_to = {"online": "at most "} if "online" not in measured else {}
     parts = ", ".join(f"{name} {up_to.get(name, '')}{duration(time)}" for name, time in times.items() if time > 0)
     line = f"on this machine the whole run takes about {duration(sum(times.values()))} ({parts})"
     if sum(times.values()) > DAY:
-        line += (
-            ": more than a day; --preset laptop is sized for two cores, the paper's sizes are for a GPU (--device cuda)"
-        )
+        gpu = ", the paper's sizes are for a GPU (--device cuda)" if device == "cpu" else ""
+        line += f": more than a day; --preset laptop is sized for two cores{gpu}"
     return line
 
 

@@ -50,15 +50,10 @@ def test_no_winner_changes_on_a_trained_critic(num_keep, num_steps, step_size, d
     critic, obs, actions = trained(dtype)
     everything, q_everything = script.optimize_actions(critic, obs, actions, num_keep, num_steps, step_size)
     some, q_some = script.optimize_actions(critic, obs, actions, num_keep, num_steps, step_size, num_climb=num_keep)
-    # Two candidates may end closer together than rounding tells apart: not a wrong winner, but its Q must be the same
+    assert (q_everything.argmax(1) == q_some.argmax(1)).all()  # in none of the 1,000 states
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    top = q_everything.topk(2, dim=1).values
-    clear = top[:, 0] - top[:, 1] > tolerance * 20
-    assert clear.float().mean() > 0.7
-    assert (q_everything.argmax(1) == q_some.argmax(1))[clear].all()
     torch.testing.assert_close(q_some.amax(1), q_everything.amax(1), rtol=tolerance, atol=0)
-    same = torch.isclose(best(some, q_some)[0], best(everything, q_everything)[0], rtol=0, atol=10 * tolerance).all(-1)
-    assert same[clear].all()
+    torch.testing.assert_close(best(some, q_some)[0], best(everything, q_everything)[0], rtol=0, atol=10 * tolerance)
     # what was left out stands where it stood, at the Q it had
     ranked, q_ranked = script.global_optimization(critic, obs, actions, num_keep)
     left = (some == ranked).all(-1)

@@ -40,6 +40,10 @@ def test_each_phase_costs_what_its_parts_cost(script):
     else:
         assert "offline" not in flops
     assert flops["online"] > args.num_online_episodes * 1_000 * args.utd * update
+    if hasattr(args, "sample_backup"):  # of drawn targets all candidates climb, of drawn actions those acted with
+        online = [cost.phase_flops(preset(script, "antmaze", **{name: value}), *SIZES)["online"]
+                  for name, value in (("sample_backup", True), ("greedy_rollouts", False))]  # fmt: skip
+        assert min(online) > 1.1 * flops["online"]
     everything = cost.phase_flops(preset(script, "antmaze", climb_all=True), *SIZES)
     assert everything["online"] > 1.2 * flops["online"]
     none = preset(script, "antmaze", num_online_episodes=0)
@@ -56,6 +60,10 @@ def test_the_line():
     assert "at most" not in cost.forecast({"cloning": 1.0, "online": 1.0}, {"cloning": 1.0, "online": 9.0}, "online")
     line = cost.forecast(flops, {"cloning": 60.0, "offline": 30 * 24 * 3600.0}, "offline")
     assert "about 30 days (cloning 60 s, offline 30 days)" in line and "--preset laptop" in line and "GPU" in line
+    assert "GPU" not in cost.forecast(flops, {"cloning": 1e9}, "cloning", "cuda")  # it is on one
+    for uncounted in ({}, {"offline": 1.0}):
+        line = cost.forecast(uncounted, {"cloning": 60.0, "offline": 1.0}, "cloning")
+        assert line == "on this machine this phase (cloning) takes about 60 s"
     assert [cost.duration(s) for s in (5, 100, 1000, 6000, 40_000, 140_000)] == [
         "5 s", "1.7 min", "17 min", "1.7 h", "11 h", "1.6 days",
     ]  # fmt: skip
@@ -69,6 +77,7 @@ def test_a_run_tells_after_two_seconds_and_a_few_steps(per_step, told_at, monkey
     monkeypatch.setattr(runs.tqdm, "write", lines.append)
     run = types.SimpleNamespace(
         args=preset(parl_diffusion_calql, "antmaze"), seconds_of={}, longest=1_000,
+        device=types.SimpleNamespace(type="cpu"),
         buffer=types.SimpleNamespace(states=FakeTensor(1000, 29), candidates=FakeTensor(1000, 32, 8)),
     )  # fmt: skip
     began, told = 0.0, None

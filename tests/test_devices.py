@@ -19,7 +19,7 @@ from benchmarks.tasks.dataset import Dataset
 SCRIPTS = [parl_diffusion_calql, parl_flow_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql]
 scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 OBS, ACT, ROWS = 4, 2, 60
-OTHER = torch.device("lazy")  # a device that is not the CPU and whose tensors hold no data here
+OTHER = torch.device("lazy:0")  # a device that is not the CPU and whose tensors hold no data here
 
 
 def settings(script, **more):
@@ -93,13 +93,14 @@ def without_data(monkeypatch):
     def move(network):
         for module in network.modules():
             for parts in (module._parameters, module._buffers):
-                for name, old in parts.items():
+                for name, old in [part for part in parts.items() if part[1] is not None]:
                     new = torch.empty(old.shape, device=OTHER)
                     parts[name] = torch.nn.Parameter(new) if isinstance(old, torch.nn.Parameter) else new
         return network
 
     def as_tensor(array, device=None, dtype=None):
-        return torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=device)
+        dtype = array.dtype if isinstance(array, torch.Tensor) else torch.from_numpy(array[:0].copy()).dtype
+        return torch.empty(array.shape, dtype=dtype, device=device)
 
     def pairs(mask):
         return tuple(torch.zeros(7, dtype=torch.long, device=mask.device) for _ in range(mask.dim()))
@@ -120,6 +121,62 @@ def test_every_tensor_of_an_update_is_on_the_device(script, flags, monkeypatch):
         assert len(metrics) > 8 and all(value.device.type == "lazy" for value in metrics.values())
 
 
+class VLAParts:
+    """A tiny OpenVLA with adapters, its critic, optimizers and an episode, as `main` makes them."""
+
+    def __init__(self):
+        script = pytest.importorskip("parl_openvla_real", reason="pip install -r requirements-openvla.txt")
+        pytest.importorskip("peft", reason="pip install -r requirements-openvla.txt")
+        self.args = script.Args(
+            num_samples=5, num_keep=3, num_gradient_steps=2, batch_size=8, distill_batch_size=4, ensemble_size=3,
+            use_proprio=True, sample_backup=True,
+        )  # fmt: skip
+        sizes = script.Sizes(28, (16, 3, 2, 24), (12, 3, 2, 20), (16, 2, 2, 24), 32, 400, empty_token=2)
+        self.script, self.model = script, script.OpenVLA(sizes)
+        script.add_lora(self.model, 2)
+        self.critic, self.target_critic = (script.PixelCritic(7, 7, 4, (1,), (8,), 3) for _ in range(2))
+
+    def move(self, device, move):
+        script, self.device = self.script, device
+        model, self.critic, self.target_critic = map(move, (self.model, self.critic, self.target_critic))
+        self.policy = script.VLAPolicy(model, lambda text: [1, 3, 4], "go")
+        self.policy_optimizer = torch.optim.Adam(script.adapters(model).values(), 1e-3)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), 1e-3)
+        self.buffer = script.EpisodeBuffer((28, 16), self.args, device)
+        obs = np.zeros((ROWS + 1, 3 * 28**2 + 3 * 16**2 + 28), np.uint8)
+        episode = dict(actions=np.zeros((ROWS, 7), np.float32), rewards=np.zeros(ROWS, np.float32))
+        self.buffer.add(episode | dict(obs=obs, terminals=np.zeros(ROWS, bool)))
+        self.buffer.versions = ["this"]
+
+    def play(self):
+        """Cloning, candidates, a critic update, a round of distilling, a decision. Returns the metrics."""
+        script, args, buffer, policy = self.script, self.args, self.buffer, self.policy
+        rows = torch.randint(ROWS, (4,), device=self.device)
+        loss = script.supervised_step(
+            policy, self.policy_optimizer, script.random_shift(buffer.states[rows]), buffer.actions[rows]
+        )
+        metrics = {"policy_loss": loss, "candidates": policy.sample(buffer.states[:4], 5)}
+        index = buffer.rows_with("this")[torch.randint(ROWS, (args.batch_size,), device=self.device)]
+        networks = self.critic, self.target_critic, self.critic_optimizer
+        metrics |= script.critic_update(*networks, buffer, index, args)
+        metrics |= script.distill_lora(policy, self.policy_optimizer, self.critic, buffer, 2, True, args)
+        features = self.critic.encode(buffer.small[:1], buffer.proprio[:1])
+        actions, q = script.optimize(self.critic, features, policy.sample(buffer.states[:1], 5), args, True)
+        return metrics | {"action": script.select_actions(actions, q, True)}
+
+
+def test_every_tensor_of_a_vlas_update_is_on_the_device(monkeypatch):
+    parts = VLAParts()
+    with without_data(monkeypatch) as move:
+        parts.move(OTHER, move)
+        metrics = parts.play()
+        assert len(metrics) > 12 and all(value.device.type == "lazy" for value in metrics.values())
+        right = parts.script.random_shift
+        monkeypatch.setattr(parts.script, "random_shift", lambda images: right(images) + torch.ones(1, 1)[0])
+        with pytest.raises(RuntimeError, match="device"):
+            parts.play()
+
+
 @pytest.mark.parametrize("name", ["td_target", "select_actions", "hl_gauss_target"])
 def test_a_tensor_left_on_the_cpu_is_found(name, monkeypatch):
     """The test above can fail."""
@@ -129,7 +186,7 @@ def test_a_tensor_left_on_the_cpu_is_found(name, monkeypatch):
         Parts(script, settings(script), OTHER, move).play()
 
 
-@pytest.mark.parametrize("script", [parl_diffusion_calql, parl_diffusion_iql], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [SCRIPTS[i] for i in (0, 2, 4)], ids=lambda script: script.__name__)
 def test_compiled_updates_do_the_same(script, monkeypatch):
     """The same draws and, to rounding, the same networks; by the tracer alone: the C++ compiler takes minutes."""
     traced = []

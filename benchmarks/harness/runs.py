@@ -143,9 +143,7 @@ class Run:
             return began if steps else time.monotonic()
         self.seconds_of[phase] = seconds / steps * total
         sizes = self.buffer.states.shape[1], self.buffer.candidates.shape[2], len(self.buffer.states)
-        flops = phase_flops(self.args, *sizes, self.longest)
-        if flops.get(phase):
-            tqdm.write(forecast(flops, self.seconds_of, phase))
+        tqdm.write(forecast(phase_flops(self.args, *sizes, self.longest), self.seconds_of, phase, self.device.type))
         return began
 
     def each(self, description: str, parts):
