@@ -98,7 +98,8 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
 # What a resumed run may change: where things lie and how it is watched, not what is learned.
 FREE = {
     "track", "wandb_project", "capture_video", "checkpoint_seconds", "device", "threads", "eval_processes", "runs",
-    "dataset_path", "dataset_source", "compile", "serve", "serve_host", "ray", "num_cache_workers"}  # fmt: skip
+    "dataset_path", "dataset_source", "compile", "serve", "serve_host", "ray", "num_cache_workers",
+    "robot_host", "robot_port", "robot_node"}  # fmt: skip
 
 
 def resumed_args(args_class, folder: str, argv: list[str] | None):
