@@ -61,7 +61,8 @@ def join_ray(num_cores: int, address: str, node: str = ""):
             ray.init(num_cpus=num_cores, include_dashboard=False, resources={node: 1} if node else None, **options)
     except Exception as error:  # of Ray's many kinds
         where = f"--ray {address}" if address else "a Ray cluster on this machine"
-        fail(f"{where} cannot be reached or started ({(str(error).strip().splitlines() or [repr(error)])[0]})")
+        hint = "; if it wants a token: RAY_AUTH_MODE=token" if address else ""
+        fail(f"{where} cannot be reached or started ({(str(error).strip().splitlines() or [repr(error)])[0]}){hint}")
     return ray
 
 
