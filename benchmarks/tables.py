@@ -12,6 +12,7 @@ import html
 import json
 import pathlib
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from benchmarks.harness.cli import fail
 from benchmarks.intervals import improvement, interquartile_mean, mean, with_interval
-from benchmarks.report import curve, label_and_folder, numbers_of
+from benchmarks.report import WANTED, check_finished, curve, label_and_folder, read_whole
 
 NUMBERS = ("offline", "online", "regret")
 
@@ -41,27 +42,10 @@ class Entry:
 
 
 # --- READING: what is not whole is refused, since a table does not show it ---
-def read_all(folder: pathlib.Path) -> tuple[dict, list[dict]]:
-    """config.json and every row of metrics.csv; one line where one of them is missing or was cut off."""
-    path = folder / "metrics.csv"
-    try:
-        config, text = json.loads((folder / "config.json").read_text()), path.read_text()
-        wanted = ("script", "env_id", "seed", "data", "provenance", "num_online_episodes", "eval_episodes")
-        absent = [name for name in wanted if name not in config]
-    except (OSError, ValueError) as error:
-        fail(f"{folder} has no readable config.json and metrics.csv ({error})")
-    if absent:
-        fail(f"{folder}/config.json does not say {', '.join(absent)}: it is not a run's of these scripts")
-    rows = list(csv.reader(text.splitlines()))
-    ragged = [number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])]
-    if not text.endswith("\n") or ragged:
-        fail(f"{path} is truncated: line {(ragged or [len(rows)])[0]} is not whole; copy it anew, or --resume the run")
-    return config, [numbers_of(dict(zip(rows[0], row)), folder) for row in rows[1:]]
-
-
 def entry_of(method: str, folder: pathlib.Path, episodes: int = 0) -> Entry:
     """A finished run's entry, of its first so many online episodes; 0: of all. One line if it has not made them."""
-    config, rows = read_all(folder)
+    config, rows = read_whole(folder, ("script", "env_id", *WANTED[1:], "num_online_episodes"))
+    check_finished(folder, config, rows)
     total = config["num_online_episodes"]
     if episodes > total:
         fail(f"{folder} was to make {total} online episodes, fewer than --episodes {episodes}")
@@ -75,13 +59,6 @@ def entry_of(method: str, folder: pathlib.Path, episodes: int = 0) -> Entry:
     ]
     before = [row for row in evaluations if row["phase"] != "online"]
     after = [row for row in evaluations if row["phase"] == "online"]
-    planned = config.get("num_offline_steps", 0)
-    if planned and not any(row["phase"] == "offline" and row.get("step", planned) == planned for row in before):
-        fail(f"{folder} is not finished, it has no evaluation after its {planned} offline updates: --resume it")
-    if not (before or total) or len(rates) < total or total and (not after or after[-1].get("step", total) < total):
-        fail(
-            f"{folder} is not finished, its metrics.csv ends after {len(rates)} of {total} online episodes: --resume it"
-        )
     within = [row for row in after if row.get("step", total) <= episodes]
     if total and not within:
         fail(f"{folder} has no evaluation within --episodes {episodes}, the first is after {after[0]['step']:.0f}")
@@ -335,7 +312,7 @@ def write(options) -> None:
         named = runs_of_suite(options.suite, options.size, options.results)
     else:
         named = [label_and_folder(text) for text in options.runs]
-    entries = [entry_of(label or read_all(folder)[0]["script"], folder, options.episodes) for label, folder in named]
+    entries = [entry_of(label or read_whole(folder)[0]["script"], folder, options.episodes) for label, folder in named]
     check_comparable(entries, options.mix_sources)
     rows = statistics(entries)
     tables, notes, out = tables_of(entries, rows), notes_of(entries), options.out
@@ -352,7 +329,7 @@ def write(options) -> None:
                  regret=e.regret, seconds=e.rows[-1].get("seconds"), local=e.config["data"]["local"],
                  commit=e.config["provenance"]["commit"], folder=e.folder) for e in entries])  # fmt: skip
         if options.html:
-            command = "python -m benchmarks.report " + " ".join(sys.argv[1:])
+            command = shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])
             (out / "index.html").write_text(page_of(title, tables, [*notes, f"Made by: {command}"], pictures, entries))
     except OSError as error:
         fail(f"cannot write to {out} ({error.strerror})")

@@ -4,6 +4,9 @@ import csv
 import html.parser
 import json
 import pathlib
+import re
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -150,6 +153,14 @@ def test_tables_curves_and_a_page(tmp_path):
     assert "python x.py --seed 2 --flag &#x27;&lt;&amp;&gt;&#x27;" in page
     for over in ("episodes", "seconds"):
         assert (tmp_path / f"out/curves-{over}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pages_command_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
+    arguments = ["tables", str(tmp_path / "out"), "--html", "--runs", f"PA-RL + 'x'={write_run(tmp_path / 'a run')}"]
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    report.main()
+    made = re.search(r"<p>Made by: (.*)</p>", (tmp_path / "out/index.html").read_text())[1]
+    assert shlex.split(html.unescape(made)) == ["python", "-m", "benchmarks.report", *arguments]
 
 
 # --- what is refused ---
