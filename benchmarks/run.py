@@ -47,12 +47,17 @@ import torch
 import tyro
 
 from benchmarks.cost import duration, phase_flops
-from benchmarks.harness.cli import available_cores, fail, flag, parse_args
+from benchmarks.harness.cli import BOUNDS, available_cores, fail, flag, parse_args
 from benchmarks.harness.runs import lock
+from benchmarks.report import read_whole
 from benchmarks.suites import SUITES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIGNALLED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}  # exit codes of a script that saved and stopped
+OURS = {
+    "env-id": "name tasks with --tasks", "seed": "name seeds with --seeds", "runs": "name a folder with --results",
+    "resume": "it resumes what is in --results by itself", "threads": "say how many with --threads",
+}  # fmt: skip
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -121,7 +126,11 @@ def pairs(texts) -> tuple[tuple[str, str], ...]:
     for text, (name, sign, value) in zip(texts, found):
         if not (name and sign and value):
             fail(f"--flags {text}: write each as name=value, such as num-samples=4 or num-samples=4,8")
-    return tuple((name.lstrip("-").replace("_", "-"), value) for name, _, value in found)
+    names = [name.lstrip("-").replace("_", "-") for name, *_ in found]
+    for name in names:
+        if name in OURS:
+            fail(f"--flags {name}=...: the runner sets --{name} of every run; {OURS[name]}")
+    return tuple((name, value) for name, (*_, value) in zip(names, found))
 
 
 _loaded: dict[str, object] = {}
@@ -195,6 +204,10 @@ def jobs_of(options: Options) -> tuple[list[Job], list[str]]:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3, cutoff=0.4)
             fail(f"unknown task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    for seed in options.seeds:
+        least, most = BOUNDS["seed"]
+        if not least <= seed <= most:
+            fail(f"--seeds {seed}: a seed must be at least {least} and at most {most}")
     if options.suite:
         if options.suite not in SUITES:
             fail(f"unknown suite {options.suite!r}; there are {', '.join(SUITES)}")
@@ -205,6 +218,11 @@ def jobs_of(options: Options) -> tuple[list[Job], list[str]]:
         if not methods:
             fail(f"{options.suite} has no method with {options.only!r} in its name")
         tasks, seeds = options.tasks or size["tasks"], options.seeds or range(1, size["seeds"] + 1)
+        # What the suite says, a script may not have yet; what the user says, it must
+        for script, _ in methods.values():
+            if load(script) and (unknown := flags_missing(script, flags)):
+                fail(f"--flags: {script} has no {' '.join(map(flag, unknown))}; leave that out, or name with --only "
+                     f"methods of {options.suite} that have it")  # fmt: skip
         flags = pairs(size.get("flags", "").split()) + flags
     else:
         files = {file: file if file.endswith(".py") else f"{file}.py" for file in options.scripts}
@@ -286,10 +304,10 @@ def progress_of(folder: pathlib.Path) -> dict[str, str]:
     """Where a running job is: phase, step, seconds, and the last success rate, as its metrics.csv has them."""
     run = newest(folder, "metrics.csv")
     try:
-        with open(run / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
+        lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
     except (OSError, TypeError):
         return {}
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))  # one may be half written
     last = dict(rows[-1]) if rows else {}
     rates = [row["success_rate"] for row in rows if row.get("success_rate")]
     return {name: last.get(name) or "" for name in ("phase", "step", "seconds")} | {"success": (rates or [""])[-1]}
@@ -537,6 +555,10 @@ def run_all(jobs: list[Job], options: Options) -> State:
     state.skipped = len(state.finished)
     if not state.waiting:
         return state
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--results {results}: cannot be made ({error.strerror}); name another folder")
     workers = OnRay(options) if options.ray else Local(options)
     print(f"{len(jobs)} runs, {state.skipped} of them finished; {workers.words}; all of it in {results}/", flush=True)
     table = Table(state, workers, results)
@@ -563,9 +585,8 @@ def run_all(jobs: list[Job], options: Options) -> State:
 
 # --- WHAT IT WILL TAKE ---
 def seconds_of(run: pathlib.Path) -> float:
-    """How long a finished run took by its own clock."""
-    with open(run / "metrics.csv", newline="") as file:
-        return max((float(row["seconds"]) for row in csv.DictReader(file) if row.get("seconds")), default=math.nan)
+    """How long a finished run took by its own clock; one line where its metrics.csv is missing or was cut off."""
+    return max((row["seconds"] for row in read_whole(run, wanted=())[1] if "seconds" in row), default=math.nan)
 
 
 def rates_of(script, args, sizes: tuple[int, int]) -> dict[str, float]:
@@ -641,6 +662,15 @@ def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
     return most - seconds["online"], most, 2 * (8 * weights + episodes) + 20e6, "by arithmetic, at this machine's rate"
 
 
+def check_results(folder: pathlib.Path) -> None:
+    """One line where the folder of all runs cannot be made or written to."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        fail(f"--results {folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        fail(f"--results {folder}: {nearest} cannot be written to; name another folder")
+
+
 def dry_run(jobs: list[Job], options: Options) -> None:
     """Print what would be run, and what it takes."""
     results, cache, shown = options.results.expanduser().resolve(), {}, {}
@@ -679,6 +709,7 @@ def main(argv: list[str] | None = None) -> None:
         fail("--slots, --threads and --restarts must be at least 0")
     if not options.ray and options.slots * max(1, options.threads) > 64 * available_cores():
         fail(f"--slots {options.slots} of {options.threads} threads are too many for {available_cores()} cores")
+    check_results(options.results.expanduser().resolve())
     jobs, missing = jobs_of(options)
     jobs = list({job.name: job for job in jobs}.values())  # two rows of a table may be one run
     print("".join(f"{line}\n" for line in missing), end="")

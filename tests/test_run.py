@@ -267,6 +267,12 @@ def test_what_is_awaited_is_not_there():
         ("--scripts parl_diffusion_calql.py --flags num-keep=9", ("--num-keep 9", "at most --num-samples (8)")),
         ("--scripts parl_diffusion_calql.py --slots -1", ("--slots",)),
         ("--scripts parl_diffusion_calql.py --slots 99999", ("--slots",)),
+        ("--scripts parl_diffusion_calql.py --seeds 1 -1", ("--seeds -1", "at least 0")),
+        ("--suite table1 --seeds 4294967296", ("--seeds 4294967296", "at most 4294967295")),
+        ("--scripts parl_diffusion_calql.py --flags seed=3", ("--flags seed", "--seeds")),
+        ("--scripts parl_diffusion_calql.py --flags env_id=pointmaze-medium-v0", ("--flags env-id", "--tasks")),
+        ("--suite table1 --flags cql-actions=3", ("--flags", "idql.py has no --cql-actions", "--only")),
+        ("--suite table1 --flags nonsense=3 --dry-run", ("parl_diffusion_calql.py has no --nonsense",)),
     ],
 )
 def test_what_cannot_be_run_is_one_line(flags, words, tmp_path):
@@ -275,6 +281,52 @@ def test_what_cannot_be_run_is_one_line(flags, words, tmp_path):
     message = str(stopped.value)
     assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
     assert not (tmp_path / "results").exists()
+
+
+def test_a_flag_that_only_some_methods_have_is_for_those_named_with_only():
+    jobs, missing = run.jobs_of(run.Options(suite="table1", flags=("cql-actions=3",), only="Cal-QL"))
+    assert {job.label for job in jobs} == {"PA-RL + Cal-QL", "Cal-QL (Gaussian)"} and not missing
+    assert all(("cql-actions", "3") in job.flags for job in jobs)
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_place_that_cannot_hold_the_runs_is_one_line(dry, toy, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/results"):
+        with pytest.raises(SystemExit, match=r"^error: --results .*file is a file; name a folder$"):
+            run.main(["--scripts", str(toy), "--results", str(tmp_path / place), *dry])
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(toy, tmp_path, monkeypatch):
+    def refuse(path, **how):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run.pathlib.Path, "mkdir", refuse)  # root, who may run the tests, may write anywhere
+    with pytest.raises(SystemExit, match=r"^error: --results .*Permission denied"):
+        run.main(["--scripts", str(toy), "--results", str(tmp_path / "results")])
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit, match=r"^error: --results .*cannot be written to"):
+        run.main(["--scripts", str(toy), "--results", str(tmp_path / "results"), "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "holds no metrics.csv"), (b"phase,seconds\nonline,1", "truncated"), (b"phase,seconds\na,x\n", "no number")],
+)
+def test_an_estimate_from_a_damaged_run_is_one_line(content, words, toy, tmp_path):
+    opts = options(toy, tmp_path)
+    (finished,), _ = start(opts)
+    (metrics,) = finished.glob("*/metrics.csv")
+    metrics.unlink() if content is None else metrics.write_bytes(content)
+    with pytest.raises(SystemExit, match=words) as stopped:
+        run.main(["--scripts", str(toy), "--results", str(opts.results), "--seeds", "2", "--dry-run"])
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_row_that_is_being_written_is_not_read_yet(tmp_path):
+    (tmp_path / "a-run").mkdir()
+    (tmp_path / "a-run/metrics.csv").write_text("phase,step,success_rate\nonline,3,0.25\nonline,4,0.5e-")
+    assert run.progress_of(tmp_path) == {"phase": "online", "step": "3", "seconds": "", "success": "0.25"}
 
 
 def test_an_estimate_counts_all_steps_of_a_chunk(monkeypatch):
