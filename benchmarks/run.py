@@ -13,7 +13,8 @@ skipped; one that has a checkpoint is resumed; one that another process holds is
 signal, or whose machine went away, is resumed up to --restarts times; one that failed is listed with the last line of
 its log, and tried again by the next call. Ctrl-C or SIGTERM: all runs save and stop, and the same command goes on.
 
-Locally there is one process for each slot, a GPU or --threads cores, to which it is pinned. With --ray each run is a
+Locally there is one process for each slot, a GPU or --threads cores, to which it is pinned; a second runner on the same
+machine takes the cores that the first one left, or says that it shares them. With --ray each run is a
 task with its declared --threads CPUs and --gpus GPUs; RESULTS and this checkout must be in the same place on every
 machine (a shared file system), and `pip install -r requirements-cluster.txt` on all. `--ray local` starts Ray here.
 Ray sends its tasks as pickles over its own, token-protected connections; this program reads none from disk or network.
@@ -35,6 +36,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -331,23 +333,56 @@ def environment_of(threads: int) -> dict[str, str]:
     return {"PYTHONPATH": path, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))}
 
 
+def claim(cores) -> dict[int, socket.socket]:
+    """Of these cores those that no other runner on this machine has, each with what holds it until it is closed.
+
+    That is a name among Linux's abstract sockets: one process at a time can bind it, and it is free as soon as that
+    process is gone, however it went. There is nothing to clean up, and no file whose owner is somebody else.
+    """
+    held = {}
+    for core in cores:
+        name = socket.socket(socket.AF_UNIX)
+        try:
+            name.bind(f"\0parl-runner-core-{core}")
+            held[core] = name
+        except OSError:
+            name.close()
+    return held
+
+
 class Local:
-    """This machine: a process for each slot, pinned to cores and a GPU of its own."""
+    """This machine: a process for each slot, pinned to a GPU and to cores that are no other runner's, if any are left.
+
+    It starts as many as fit the cores that are left; where there are none, or --slots asks for more, it shares cores
+    with another runner and says so in its first line.
+    """
 
     def __init__(self, options: Options):
         gpus, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(gpus)]  # only those that we were given
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(available_cores())
-        self.threads = options.threads or (max(1, len(cores) // max(options.slots, gpus)) if gpus else 1)
-        count = options.slots or gpus or max(1, len(cores) // self.threads)
+        self.held = claim(cores) if LIBC else dict.fromkeys(cores)
+        own = list(self.held) or cores
+        self.threads = options.threads or (max(1, len(own) // max(options.slots, gpus)) if gpus else 1)
+        count = options.slots or gpus or max(1, len(own) // self.threads)
+        cores = [*own, *(core for core in cores if core not in own)]
         self.slots = [
             ({"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else {},
              {cores[(i * self.threads + k) % len(cores)] for k in range(self.threads)})
             for i in range(count)
         ]  # fmt: skip
+        pinned = set().union(*(cores for _, cores in self.slots))
+        shared = sorted(pinned - self.held.keys())
+        self.release(self.held.keys() - pinned)
         self.free, self.running = list(range(count)), {}
         self.words = f"{count} slot{'s' * (count > 1)} of {self.threads} thread{'s' * (self.threads > 1)}"
         self.words += f" on {gpus} GPUs" if gpus else ""
+        self.words += f", sharing cores {', '.join(map(str, shared))} with another runner" * bool(shared)
+
+    def release(self, cores) -> None:
+        """Leave these cores to other runners."""
+        for name in filter(None, [self.held.pop(core) for core in list(cores)]):
+            name.close()
 
     def room(self) -> bool:
         return bool(self.free)
@@ -374,7 +409,7 @@ class Local:
                 process.send_signal(signal.SIGKILL if urgent else signal.SIGTERM)
 
     def close(self) -> None:
-        pass
+        self.release(self.held)
 
 
 class OnRay:
@@ -676,6 +711,7 @@ def dry_run(jobs: list[Job], options: Options) -> None:
     results, cache, shown = options.results.expanduser().resolve(), {}, {}
     waiting = [job for job in jobs if not finished_run(results / job.name)]
     slots = Local(options)
+    slots.close()  # they are only counted
     for job in waiting:
         command = command_of(job, results / job.name, slots.threads)
         print(shlex.join(["python", *[part.removeprefix(f"{ROOT}/") for part in command[1:]]]))

@@ -1,6 +1,7 @@
 """benchmarks/run.py: what is run, skipped, resumed and refused with toy scripts, every suite against the real flags."""
 
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -177,6 +178,55 @@ def test_runs_stop_when_their_runner_dies(toy, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert len(steps_of(folder.parent)) < 300
+
+
+@pytest.fixture()
+def three_cores(monkeypatch):
+    """Three cores to pin to, under numbers that no other test's runner has."""
+    cores = [10**7 + 10 * os.getpid() + i for i in range(3)]
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda process: set(cores))
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 0)
+    return cores
+
+
+def test_a_second_runner_pins_to_cores_that_the_first_left(three_cores, toy, tmp_path):
+    a, b, c = three_cores
+
+    def cores_of(runner):
+        return [cores for _, cores in runner.slots]
+
+    first = run.Local(options(toy, tmp_path, slots=1, threads=2))
+    assert cores_of(first) == [{a, b}] and "another runner" not in first.words
+    second = run.Local(options(toy, tmp_path))  # as many as are left
+    assert cores_of(second) == [{c}] and "another runner" not in second.words
+    third = run.Local(options(toy, tmp_path, slots=2))
+    assert cores_of(third) == [{a}, {b}] and third.words.endswith(f"sharing cores {a}, {b} with another runner")
+    first.close()
+    fourth = run.Local(options(toy, tmp_path, slots=3))  # more than are left: its own first
+    assert cores_of(fourth) == [{a}, {b}, {c}] and fourth.words.endswith(f"sharing cores {c} with another runner")
+    for runner in (second, third, fourth):
+        runner.close()
+    assert list(run.claim(three_cores)) == three_cores
+
+
+def test_the_cores_of_a_runner_that_was_killed_are_free(three_cores):
+    def hold(ready):
+        held = run.claim(three_cores)
+        ready.set()
+        time.sleep(60 if held else 0)
+
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=hold, args=(ready := fork.Event(),))
+    process.start()
+    assert ready.wait(20) and not run.claim(three_cores)
+    process.kill()
+    process.join()
+    assert list(run.claim(three_cores)) == three_cores
+
+
+def test_a_dry_run_holds_no_cores(three_cores, toy, tmp_path):
+    run.main(["--scripts", str(toy), "--results", str(tmp_path / "results"), "--dry-run"])
+    assert list(run.claim(three_cores)) == three_cores
 
 
 def test_two_suites_share_a_folder_and_wait_for_each_other(toy, tmp_path):
