@@ -51,8 +51,8 @@ import tyro
 from benchmarks.cost import duration, phase_flops
 from benchmarks.harness.cli import BOUNDS, available_cores, fail, flag, parse_args
 from benchmarks.harness.runs import lock
-from benchmarks.report import read_whole
 from benchmarks.suites import SUITES
+from benchmarks.vla.workers import check_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIGNALLED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}  # exit codes of a script that saved and stopped
@@ -387,6 +387,10 @@ class Local:
     def room(self) -> bool:
         return bool(self.free)
 
+    def queued(self) -> list[Job]:
+        """None: here a run starts at once."""
+        return []
+
     def start(self, job: Job, command: list[str], log: pathlib.Path) -> None:
         environment, cores = self.slots[slot := self.free.pop(0)]
         process = launch(command, log, environment_of(self.threads) | environment)
@@ -412,6 +416,10 @@ class Local:
         self.release(self.held)
 
 
+def size_of(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 class OnRay:
     """A Ray cluster: a task for each run, which starts the script there and waits for it."""
 
@@ -425,11 +433,13 @@ class OnRay:
         gpus = options.gpus if options.gpus >= 0 else float(torch.cuda.device_count() > 0)
         count = options.slots * self.threads or None
         start = {"num_cpus": count, "include_dashboard": False} if here else {}
+        check_ray(1, options.ray)  # Ray asks for minutes whether an address where nobody answers has come up
         try:
             ray.init(address=options.ray, log_to_driver=False, **start)
         except Exception as error:  # of many kinds
-            fail(f"--ray {options.ray}: {str(error).strip().splitlines()[0]}")
-        self.running, self.limit = {}, options.slots or 10_000
+            fail(f"--ray {options.ray}: {(str(error).strip().splitlines() or [repr(error)])[0]}")
+        self.running, self.logs, self.limit = {}, {}, options.slots or 10_000
+        self.check_machines(options.ray, {"CPU": self.threads, "GPU": gpus})
 
         def execute(command, log, environment):
             """Run the script on the machine where this task is; returns its exit code.
@@ -454,10 +464,29 @@ class OnRay:
         self.execute = ray.remote(max_retries=0, **resources)(execute)
         self.words = f"Ray ({options.ray}), each run with {self.threads} CPUs and {gpus:g} GPUs"
 
+    def check_machines(self, address: str, needed: dict[str, float]) -> None:
+        """One line where no machine of the cluster has what a run is to have: Ray waits without a word for one."""
+        machines = [{kind: node["Resources"].get(kind, 0) for kind in needed}
+                    for node in self.ray.nodes() if node["Alive"]]  # fmt: skip
+        if not any(all(machine[kind] >= number for kind, number in needed.items()) for machine in machines):
+            self.close()
+
+            def words(numbers):
+                return " and ".join(f"{number:g} {kind}s" for kind, number in numbers.items())
+
+            there = "; ".join(sorted(set(map(words, machines)))) or "none"
+            fail(f"--ray {address}: no machine of the cluster has {words(needed)} for a run, there are: {there}; "
+                 "pass other --threads or --gpus")  # fmt: skip
+
     def room(self) -> bool:
         return len(self.running) < self.limit
 
+    def queued(self) -> list[Job]:
+        """Those that wait in Ray's queue: where a run starts, its command is written to its log first."""
+        return [job for job in self.running if size_of(self.logs[job][0]) == self.logs[job][1]]
+
     def start(self, job: Job, command: list[str], log: pathlib.Path) -> None:
+        self.logs[job] = log, size_of(log)
         self.running[job] = self.execute.remote(command, str(log), environment_of(self.threads))
 
     def ended(self) -> list[tuple[Job, int]]:
@@ -524,8 +553,9 @@ def start_jobs(state: State, workers, results: pathlib.Path, say) -> None:
             state.waiting.remove(job)
             state.since[job] = time.monotonic()
             command = command_of(job, folder, workers.threads)
-            say(f"{'resumed' if '--resume' in command else 'started'}: {job.name}")
+            began = "resumed" if "--resume" in command else "started"
             workers.start(job, command, folder / "log.txt")
+            say(f"{f'queued, to be {began}' if job in workers.queued() else began}: {job.name}")
 
 
 def end_job(job: Job, code: int, state: State, results: pathlib.Path, restarts: int, say) -> None:
@@ -569,16 +599,19 @@ class Table:
         self.height = len(lines)
 
     def lines(self) -> list[str]:
-        """A line for each running job, and one for all."""
+        """A line for each running job, and one for all. What is in Ray's queue is counted; its time begins later."""
         state, lines = self.state, [f"{'phase':8}{'step':>8}{'success':>9}{'time':>9}  run"]
-        for job in self.workers.running:
+        queued = self.workers.queued()
+        state.since |= dict.fromkeys(queued, time.monotonic())
+        running = [job for job in self.workers.running if job not in queued]
+        for job in running:
             at = progress_of(self.results / job.name)
             success = f"{100 * float(at['success']):.0f} %" if at.get("success") else ""
             took = duration(time.monotonic() - state.since[job])
             lines.append(f"{at.get('phase', ''):8}{at.get('step', ''):>8}{success:>9}{took:>9}  {job.name}")
         lines += [f"failed: {job.name}: {why}" for job, why in state.failed.items()]
-        counts = {"finished": len(state.finished), "running": len(self.workers.running),
-                  "waiting": len(state.waiting), "failed": len(state.failed)}  # fmt: skip
+        counts = {"finished": len(state.finished), "running": len(running), "waiting": len(state.waiting),
+                  **({"queued in Ray": len(queued)} if queued else {}), "failed": len(state.failed)}  # fmt: skip
         return [*lines, ", ".join(f"{number} {name}" for name, number in counts.items())]
 
 
@@ -621,6 +654,8 @@ def run_all(jobs: list[Job], options: Options) -> State:
 # --- WHAT IT WILL TAKE ---
 def seconds_of(run: pathlib.Path) -> float:
     """How long a finished run took by its own clock; one line where its metrics.csv is missing or was cut off."""
+    from benchmarks.report import read_whole  # takes scipy, a second that runs and Ray's workers do without
+
     return max((row["seconds"] for row in read_whole(run, wanted=())[1] if "seconds" in row), default=math.nan)
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -277,6 +278,37 @@ def test_ray_resumes_what_a_dead_worker_left(how, toy, tmp_path, monkeypatch):
     assert list(state.failed.values()) == ["error: it went wrong"]
     assert list(state.restarts.values()) == [1] and steps_of(killed) == list("01234")
     assert (killed / "log.txt").read_text().count("--resume") == 1
+
+
+def test_ray_shows_what_it_queues_and_refuses_what_no_machine_has(toy, tmp_path, monkeypatch, capsys):
+    """On Ray: two runs that want all cores each, of which one waits; and one that wants GPUs which are not there."""
+    pytest.importorskip("ray")
+    for name in ("RAY_raylet_start_wait_time_s", "RAY_gcs_rpc_server_reconnect_timeout_s"):
+        monkeypatch.setenv(name, "120")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    opts = options(toy, tmp_path, "pause=0.3", seeds=(1, 2), ray="local", gpus=0.0, threads=os.cpu_count())
+    shown = []
+    monkeypatch.setattr(run.Table, "draw", lambda table: shown.append(table.lines()))
+    folders, state = start(opts)
+    assert len(state.finished) == 2
+    one_each = [lines for lines in shown if lines[-1].startswith("0 finished, 1 running, 0 waiting, 1 queued in Ray")]
+    assert one_each and all(len(lines) == 3 for lines in one_each)  # the heading, the one that runs, and the counts
+    assert max(int(lines[-1].split(" running")[0].split()[-1]) for lines in shown) == 1  # never two
+    assert f"queued, to be started: {folders[1].name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no machine of the cluster has 1 CPUs and 99 GPUs for a run, there are: "):
+        start(dataclasses.replace(opts, gpus=99.0, threads=1, seeds=(3,)))
+
+
+def test_a_dead_address_of_ray_is_one_line(toy, tmp_path):
+    pytest.importorskip("ray")
+    with socket.socket() as free:  # a port at which nobody answers
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        began = time.monotonic()
+        for text in (address, f"ray://{address}"):
+            with pytest.raises(SystemExit, match=rf"^error: --ray {text} cannot be reached .*ray start --head$"):
+                start(options(toy, tmp_path, ray=text))
+        assert time.monotonic() - began < 15
 
 
 def test_without_ray_there_is_one_line(toy, tmp_path, monkeypatch):
