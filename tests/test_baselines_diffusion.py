@@ -578,7 +578,9 @@ def test_variants_run(script, flags, tmp_path):
     ("script", "flags", "says"),
     [(cem_calql, "--num-elites 99", "--num-elites"), (cem_calql, "--num-iterations 0", "--num-iterations"),
      (dql, "--backup-samples 0", "--backup-samples"), (dql, "--eta -1", "--eta"), (dppo, "--min-std 0", "--min-std"),
-     (dppo, "--episodes-per-round 0", "--episodes-per-round"), (filtered_bc, "--preset none", "unknown --preset")],
+     (dppo, "--episodes-per-round 0", "--episodes-per-round"),
+     (dppo, "--num-online-episodes 5", "--num-online-episodes 5 are not whole rounds"),
+     (filtered_bc, "--preset none", "unknown --preset")],
     ids=lambda value: getattr(value, "__name__", str(value)).split(".")[-1],
 )  # fmt: skip
 def test_bad_flags_end_in_one_line(script, flags, says, tmp_path):
@@ -600,3 +602,4 @@ def test_every_preset_is_accepted(script):
     for task, preset in [(task, preset) for task in tasks for preset in ("auto", "laptop")]:
         args = parse_args(script.Args, script.PRESETS, ["--env-id", task, "--preset", preset])
         assert args.preset in ("laptop", *script.PRESETS) and args.num_online_episodes > 0
+        assert args.num_online_episodes % getattr(args, "episodes_per_round", 1) == 0
