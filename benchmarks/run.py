@@ -80,7 +80,7 @@ class Options:
     ray: str = ""  # address of a Ray cluster, or local
     restarts: int = 3  # how often a run that was ended by a signal, or lost with its machine, is resumed
     dry_run: bool = False  # print the commands, what they take in time and disk, and end
-    only: str = ""  # of a suite: the methods whose names hold this text
+    only: str = ""  # of a suite: the method of this name; where none has it, those whose names hold this text
 
 
 # --- WHAT IS RUN ---
@@ -201,7 +201,7 @@ def jobs_of(options: Options) -> tuple[list[Job], list[str]]:
 
     if bool(options.suite) == bool(options.scripts):
         fail("name a --suite, or --scripts, one of the two")
-    known, missing, flags = env_ids(), [], pairs(options.flags)
+    known, missing, flags, of_tasks = env_ids(), [], pairs(options.flags), {}
     for task in options.tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3, cutoff=0.4)
@@ -214,9 +214,11 @@ def jobs_of(options: Options) -> tuple[list[Job], list[str]]:
         if options.suite not in SUITES:
             fail(f"unknown suite {options.suite!r}; there are {', '.join(SUITES)}")
         suite = SUITES[options.suite]
+        of_tasks = suite.get("task_flags", {})
         size = suite[options.size]
         methods = {label: text.split() for label, text in size.get("methods", suite.get("methods")).items()}
-        methods = {label: (file, pairs(rest)) for label, (file, *rest) in methods.items() if options.only in label}
+        named = [options.only] if options.only in methods else [label for label in methods if options.only in label]
+        methods = {label: (methods[label][0], pairs(methods[label][1:])) for label in named}
         if not methods:
             fail(f"{options.suite} has no method with {options.only!r} in its name")
         tasks, seeds = options.tasks or size["tasks"], options.seeds or range(1, size["seeds"] + 1)
@@ -247,7 +249,8 @@ def jobs_of(options: Options) -> tuple[list[Job], list[str]]:
         for task, combination in itertools.product(here, combinations(flags)):
             named = f"{label} {' '.join(f'{n}={v}' for n, v in combination)}".strip()
             row = named if len(combinations(flags)) > 1 else label
-            jobs += [Job(row, script, task, seed, (*own, *combination)) for seed in seeds]
+            of_task = pairs(of_tasks.get(label, {}).get(task, "").split())
+            jobs += [Job(row, script, task, seed, (*own, *of_task, *combination)) for seed in seeds]
     for job in {(job.script, job.task, job.flags): job for job in jobs}.values():
         resolved(job.script, job.task, job.flags)
     return jobs, missing

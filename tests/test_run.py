@@ -330,6 +330,22 @@ def test_every_suite_parses_against_the_real_flags(name, size):
         assert job.name == run.Job("x", job.script, job.task, job.seed, job.flags).name
 
 
+@pytest.mark.parametrize("name", ["table1", "figure3", "figure18"])
+def test_dqls_eta_is_each_tasks_own(name):
+    """As PA-RL's appendix B.2 has it (the paper's text: "We chose eta = 11 for large-diverse, ..."), and a flag's."""
+    tasks = tuple(task for task in suites.DQL_ETA if task not in AWAITED)
+    jobs, _ = run.jobs_of(run.Options(suite=name, size="paper", tasks=tasks, seeds=(1,)))
+    found = {job.task: run.resolved(job.script, job.task, job.flags).eta for job in jobs if job.label == "DQL"}
+    maze = {"medium-play": 7, "medium-diverse": 9, "large-play": 15, "large-diverse": 11}
+    kitchen = dict.fromkeys(("complete", "partial", "mixed"), 0.005)
+    assert found == {f"antmaze-{k}-v2": v for k, v in maze.items()} | {f"kitchen-{k}-v2": v for k, v in kitchen.items()}
+    assert not [job for job in jobs if job.label != "DQL" and "eta" in dict(job.flags)]
+    asked = run.Options(suite=name, size="paper", tasks=tasks[:1], seeds=(1,), only="DQL", flags=("eta=3",))
+    assert [run.resolved(job.script, job.task, job.flags).eta for job in run.jobs_of(asked)[0]] == [3]
+    laptop, _ = run.jobs_of(run.Options(suite=name, only="DQL", seeds=(1,)))
+    assert [job.name.split("__")[2] for job in laptop] == ["preset"]
+
+
 def test_what_is_awaited_is_not_there():
     for name in AWAITED:
         if name.endswith(".py"):
