@@ -377,9 +377,11 @@ ABLATIONS = {
 }
 
 
-def online_episodes(folder: pathlib.Path) -> int:
-    """Episodes that a kept run had behind it at its last evaluation."""
-    return max(int(row.get("episodes", 0)) for row in read_run(folder)[1])
+def online_episodes(folder: pathlib.Path) -> tuple[int, int]:
+    """Episodes of a kept run before its online phase (RLPD's, without an update), and in it, which tables.py counts."""
+    rows = read_whole(folder)[1]
+    before = max((row.get("episodes", 0) for row in rows if row["phase"] != "online"), default=0)
+    return int(before), int(max(row.get("episodes", 0) for row in rows) - before)
 
 
 def experiments_table(results: pathlib.Path, experiments: dict[str, str], long: bool) -> str:
@@ -391,7 +393,8 @@ def experiments_table(results: pathlib.Path, experiments: dict[str, str], long: 
         document = json.loads((results / name / "results.json").read_text())
         cells = [rate_cell(document, label, long) for label in LABELS.values()]
         seeds = [results / name / f"seed{run['seed']}" for run in document["runs"]]
-        cells.append(str(max(map(online_episodes, seeds)) or "none"))
+        before, online = max(map(online_episodes, seeds))
+        cells.append(f"{before} + {online}" if before else str(online or "none"))
         cells += [", ".join(f"{seconds_of(run) / 60:.0f}" for run in document["runs"])] * long
         lines.append(f"| [{title}]({base}/{name}/results.json) | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -232,6 +232,16 @@ def test_the_tables_of_the_readmes_are_current():
         report.with_table("no markers", "scripts", "", "README.md")
 
 
+def test_a_runs_online_episodes_are_one_number_in_all_tables():
+    """The READMEs' tables, table.md and the settings; what RLPD acts before its first update is told apart."""
+    experiments = report.CUBE_MORE | report.BASELINES | report.ABLATIONS
+    for folder in (folder for name in experiments for folder in (ROOT / "benchmarks/results" / name).glob("seed*")):
+        config, (before, online) = report.read_run(folder)[0], report.online_episodes(folder)
+        assert (before, online) == (config.get("num_warmup_episodes", 0), config["num_online_episodes"]), folder
+    table = report.experiments_table(ROOT / "benchmarks/results", {"baselines/rlpd_gaussian": "RLPD"}, True)
+    assert "| 10 + 200 |" in table
+
+
 def test_a_suite_finds_the_runs_that_the_runner_made(tmp_path, capsys):
     run = pytest.importorskip("benchmarks.run")
     jobs, _ = run.jobs_of(run.Options(suite="critics", results=tmp_path))
