@@ -9,7 +9,7 @@
 reached) and prints the table for the README. `curves` reads the runs' metrics.csv and config.json, or what `keep`
 copied: a thin line is one run, a thick one the mean of the runs that share a label. `tables` compares methods over
 tasks and seeds, with intervals, curves and a page to open in a browser (benchmarks/tables.py). `readme` writes the
-tables of the two READMEs, from results.json.
+tables of the two READMEs, from results.json, and those that `tables` made of kept runs, from their runs.csv.
 """
 
 import csv
@@ -74,7 +74,7 @@ class Tables:
 
 @dataclass
 class Readme:
-    """Write the tables of results into README.md and benchmarks/README.md, between their markers."""
+    """Write the tables of the kept results anew: in the two READMEs, between their markers, and beside a runs.csv."""
 
     root: pathlib.Path = pathlib.Path(__file__).resolve().parent.parent  # the checkout
 
@@ -423,6 +423,8 @@ def with_table(text: str, name: str, table: str, file: str) -> str:
 
 
 def readme(options: Readme) -> None:
+    from benchmarks import tables
+
     for file, tables_of_it in GENERATED.items():
         path = options.root / file
         text = path.read_text()
@@ -430,6 +432,10 @@ def readme(options: Readme) -> None:
             text = with_table(text, name, make(options.root / "benchmarks/results"), file)
         path.write_text(text)
         print(path)
+    for listed in sorted((options.root / "benchmarks/results").rglob("runs.csv")):
+        for name, text in tables.made_again(listed.parent, options.root).items():
+            (listed.parent / name).write_text(text)
+        print(listed.parent / "table.md")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,11 @@ in percent: success, or 25 a sub-task where a task counts them.
 
 import base64
 import csv
+import dataclasses
+import functools
 import html
+import io
+import itertools
 import json
 import pathlib
 import re
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.harness.cli import fail
+from benchmarks.harness.cli import FREE, fail
 from benchmarks.intervals import improvement, interquartile_mean, mean, with_interval
 from benchmarks.report import WANTED, check_finished, curve, label_and_folder, read_whole
 
@@ -84,6 +88,41 @@ def runs_of_suite(suite: str, size: str, results: pathlib.Path) -> list[tuple[st
     if len(found) < len(jobs):
         print(f"{len(jobs) - len(found)} of {len(jobs)} runs are not finished: the table is of the others")
     return found
+
+
+NOT_LEARNED = {"seed", "runs", "resume", "log_every", "plain"} | FREE  # flags that do not change what a run learns
+
+
+@functools.cache
+def suite_jobs(task: str) -> list[tuple[str, str, int, dict, dict]]:
+    """Each run on this task that a suite names: suite, script, seed, its settings, and the script's defaults."""
+    from benchmarks import run
+    from benchmarks.suites import SUITES
+
+    found = []
+    for suite, size in itertools.product(SUITES, ("laptop", "paper")):
+        if task in SUITES[suite][size]["tasks"]:
+            for job in run.jobs_of(run.Options(suite=suite, size=size, tasks=(task,)))[0]:
+                args, plain = run.resolved(job.script, job.task, job.flags), run.load(job.script).Args()
+                name = suite if size == "laptop" else f"{suite} (paper)"
+                found.append((name, pathlib.Path(job.script).stem, job.seed, vars(args), vars(plain)))
+    return found
+
+
+def suites_of(entry: Entry) -> list[str]:
+    """Suites of benchmarks/suites.py that name a run of these settings, script, task and seed; of a run at paper size
+    with that word behind. A flag that the script got after the run counts as its default; reward_min 0 is the data's.
+    """
+    config, names = entry.config, []
+    for suite, script, seed, args, plain in suite_jobs(entry.task):
+        if (script, seed) == (config["script"], entry.seed) and suite not in names:
+            pairs = [(name, config.get(name, plain[name]), args[name]) for name in args.keys() - NOT_LEARNED]
+            if all(
+                (tuple(was) if isinstance(was, list) else was) == now or (name, now) == ("reward_min", 0)
+                for name, was, now in pairs
+            ):
+                names.append(suite)
+    return names
 
 
 def check_comparable(entries: list[Entry], mix_sources: bool) -> None:
@@ -196,10 +235,15 @@ def tables_of(entries, rows) -> list[tuple[str, list[list[str]]]]:
     found = [("Offline RL → after online RL, score in percent, mean of the seeds", [["task", *methods], *arrows]),
              ("Each with its 95 % interval, and the regret online",
               [["task", "method", "runs", "offline", "online", "after episodes", "regret"], *details])]  # fmt: skip
+    named = [[m, ", ".join(s for s in suites_of(some[0]) if all(s in suites_of(e) for e in some))]
+             for m in methods for some in [[e for e in entries if e.method == m]]]  # fmt: skip
     if any(any(line[1:]) for line in middles):
         found.append(("Interquartile mean over the tasks that all methods have", [["method", *NUMBERS], *middles]))
     if any(any(line[1:]) for line in better):
         found.append(("Probability that a run of the first method is better", [["", *NUMBERS[:2]], *better]))
+    if any(line[1] for line in named):
+        title = "Suites of suites.py that name these very runs, by settings and seeds as they are today"
+        found.append((title, [["method", "suites"], *named]))
     return found
 
 
@@ -321,13 +365,8 @@ def write(options) -> None:
         out.mkdir(parents=True, exist_ok=True)
         pictures = [out / f"curves-{over}.png" for over in ("episodes", "seconds")]
         pictures = [path for path in pictures if draw(entries, path.stem.split("-")[1], path)]
-        text = "\n".join([f"# {title}\n", markdown_of(tables, notes), *(f"![{p.stem}]({p.name})\n" for p in pictures)])
-        (out / "table.md").write_text(text)
-        write_csv(out / "table.csv", rows)
-        write_csv(out / "runs.csv", [
-            dict(method=e.method, task=e.task, seed=e.seed, offline=e.offline, online=e.online, episodes=e.episodes,
-                 regret=e.regret, seconds=e.rows[-1].get("seconds"), local=e.config["data"]["local"],
-                 commit=e.config["provenance"]["commit"], folder=e.folder) for e in entries])  # fmt: skip
+        for name, text in files_of(title, entries, rows, tables, pictures).items():
+            (out / name).write_text(text)
         if options.html:
             command = shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])
             (out / "index.html").write_text(page_of(title, tables, [*notes, f"Made by: {command}"], pictures, entries))
@@ -337,8 +376,31 @@ def write(options) -> None:
     print(f"{out}: table.md, table.csv, runs.csv{', index.html' * options.html}, {', '.join(p.name for p in pictures)}")
 
 
-def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows([{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+def files_of(title: str, entries, rows, tables, pictures) -> dict[str, str]:
+    """table.md, table.csv and runs.csv, as texts by name."""
+    text = [f"# {title}\n", markdown_of(tables, notes_of(entries)), *(f"![{p.stem}]({p.name})\n" for p in pictures)]
+    return {"table.md": "\n".join(text), "table.csv": csv_of(rows), "runs.csv": csv_of([
+        dict(method=e.method, task=e.task, seed=e.seed, offline=e.offline, online=e.online, episodes=e.episodes,
+             regret=e.regret, seconds=e.rows[-1].get("seconds"), local=e.config["data"]["local"],
+             commit=e.config["provenance"]["commit"], folder=e.folder) for e in entries])}  # fmt: skip
+
+
+def csv_of(rows: list[dict]) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows([{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    return text.getvalue()
+
+
+def made_again(out: pathlib.Path, root: pathlib.Path) -> dict[str, str]:
+    """`files_of` a folder that `write` made, from the runs that its runs.csv names, whose folders are below root."""
+    with open(out / "runs.csv", newline="") as file:
+        listed = list(csv.DictReader(file))
+    entries = [entry_of(row["method"], root / row["folder"], int(row["episodes"])) for row in listed]
+    entries = [dataclasses.replace(e, folder=pathlib.Path(row["folder"])) for e, row in zip(entries, listed)]
+    check_comparable(entries, mix_sources=True)
+    title = (out / "table.md").read_text().splitlines()[0].removeprefix("# ")
+    rows = statistics(entries)
+    pictures = [out / name for name in ("curves-episodes.png", "curves-seconds.png") if (out / name).is_file()]
+    return files_of(title, entries, rows, tables_of(entries, rows), pictures)
