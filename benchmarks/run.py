@@ -689,8 +689,8 @@ def estimate(job: Job, results: pathlib.Path, cache: dict) -> tuple[float, float
     """The fewest and the most seconds of a run and its bytes, NaN where nothing is known, and how that is known.
 
     From finished runs of the same script, task and flags with other seeds, else from the arithmetic of its phases at
-    the rates that this machine reaches now, without evaluations: the fewest without its online episodes, the most with
-    episodes that all last until the time limit.
+    the rates that this machine reaches now, or a baseline's from a few steps of each phase, without evaluations: the
+    fewest without its online episodes, the most with episodes that all last until the time limit.
     """
     key = job.name.rsplit("__", 1)[0]
     if key not in cache:
@@ -706,7 +706,11 @@ def estimate(job: Job, results: pathlib.Path, cache: dict) -> tuple[float, float
 
 
 def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
-    """As `estimate`, for a script whose phases benchmarks/cost.py can count; cache: of rates, by what decides them."""
+    """As `estimate`, of runs that benchmarks/cost.py can count, and of those that benchmarks/rehearsal.py must time.
+
+    cache: of rates and rehearsals, by what decides them.
+    """
+    from benchmarks.rehearsal import rehearse
     from benchmarks.tasks import make_env
 
     script, args = load(job.script), resolved(job.script, job.task, job.flags)
@@ -721,9 +725,12 @@ def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
             episode = 1_000
         rows = args.dataset_size or {"pointmaze": 40_000}.get(job.task.split("-")[0], 1_000_000)
         flops = phase_flops(args, sizes[0], getattr(args, "chunk", 1) * sizes[1], rows, episode)
-        if not flops:  # a baseline's is not counted
-            return math.nan, math.nan, math.nan, "unknown until one has run"
         same = job.script, sizes, repr(dataclasses.replace(args, env_id="", seed=0))
+        if not flops:  # a baseline's
+            argv = ["--env-id", job.task, *argv_of(job.flags)]
+            seconds, size = cache[same] = cache.get(same) or rehearse(script, argv, sizes, rows, episode)
+            most = sum(seconds.values())
+            return most - seconds.get("online", 0), most, size, "by a few steps of each phase on this machine"
         rates = cache[same] = cache.get(same) or rates_of(script, args, sizes)
     except Exception as error:  # a script of another shape, or a task whose package is not installed
         return math.nan, math.nan, math.nan, f"unknown until one has run ({type(error).__name__})"
