@@ -9,7 +9,7 @@
 reached) and prints the table for the README. `curves` reads the runs' metrics.csv and config.json, or what `keep`
 copied: a thin line is one run, a thick one the mean of the runs that share a label. `tables` compares methods over
 tasks and seeds, with intervals, curves and a page to open in a browser (benchmarks/tables.py). `readme` writes the
-tables of the two READMEs, from results.json.
+tables of the two READMEs, from results.json, and those that `tables` made of kept runs, from their runs.csv.
 """
 
 import csv
@@ -28,6 +28,7 @@ import tyro
 from scipy.stats import binomtest
 
 KEPT = ("config.json", "metrics.csv", "summary.png")
+WANTED = ("script", "seed", "data", "provenance", "eval_episodes")  # of a config.json, to be a run's
 LABELS = {
     "cloning": "cloned policy",
     "offline": "after offline RL",
@@ -73,7 +74,7 @@ class Tables:
 
 @dataclass
 class Readme:
-    """Write the tables of results into README.md and benchmarks/README.md, between their markers."""
+    """Write the tables of the kept results anew: in the two READMEs, between their markers, and beside a runs.csv."""
 
     root: pathlib.Path = pathlib.Path(__file__).resolve().parent.parent  # the checkout
 
@@ -82,18 +83,53 @@ def fail(message: str):
     sys.exit(f"error: {message}")
 
 
-def read_run(folder: pathlib.Path) -> tuple[dict, list[dict]]:
-    """config.json, and the rows of metrics.csv that hold an evaluation (numbers where there are any, by column)."""
+def read_whole(folder: pathlib.Path, wanted: tuple = WANTED) -> tuple[dict, list[dict]]:
+    """config.json, which says all that is wanted, and each row of metrics.csv (numbers where there are any, by column).
+
+    What is missing, unreadable or was cut off ends in one line, since a number or a curve made of the rest does not
+    show it. A file that was cut off between two rows looks whole here: see `check_finished`.
+    """
+    path = folder / "metrics.csv"
     missing = [name for name in ("config.json", "metrics.csv") if not (folder / name).is_file()]
     if missing:
         fail(f"{folder} holds no {' and no '.join(missing)}: pass the folder of a run, as its first lines name it")
-    config = json.loads((folder / "config.json").read_text())
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("success_rate")]
-    numbers = [numbers_of(row, folder) for row in rows]
-    if not numbers:
+    try:
+        config, text = json.loads((folder / "config.json").read_text()), path.read_text()
+        absent = [name for name in wanted if name not in config]
+    except (OSError, ValueError, TypeError) as error:  # also of bytes that are no text, and of a number for a config
+        fail(f"{folder} has no readable config.json and metrics.csv ({error})")
+    if absent:
+        fail(f"{folder}/config.json does not say {', '.join(absent)}: it is not a run's of these scripts")
+    rows = list(csv.reader(text.splitlines()))
+    ragged = [number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])]
+    if not text.endswith("\n") or ragged:
+        fail(f"{path} is truncated: line {(ragged or [len(rows)])[0]} is not whole; copy it anew, or --resume the run")
+    return config, [numbers_of(dict(zip(rows[0], row)), folder) for row in rows[1:]]
+
+
+def read_run(folder: pathlib.Path) -> tuple[dict, list[dict]]:
+    """As `read_whole`, of the rows those that hold an evaluation; one line where there is none."""
+    config, rows = read_whole(folder)
+    rows = [row for row in rows if "success_rate" in row]
+    if not rows:
         fail(f"{folder} has no evaluation yet: let the run finish (--resume {folder})")
-    return config, numbers
+    return config, rows
+
+
+def check_finished(folder: pathlib.Path, config: dict, rows: list[dict]) -> None:
+    """One line where the rows of metrics.csv end before the run did: it goes on, or the file was cut off at a line.
+
+    A phase ends with an evaluation, and each online step, an episode or DPPO's round of them, has a row.
+    """
+    planned, total = (config.get(name, 0) for name in ("num_offline_steps", "num_online_episodes"))
+    each = config.get("episodes_per_round", 1)
+    evaluations, online = ([r for r in rows if name in r] for name in ("success_rate", "episode_success"))
+    if planned and not any(r["phase"] == "offline" and r.get("step", planned) == planned for r in evaluations):
+        fail(f"{folder} is not finished, it has no evaluation after its {planned} offline updates: --resume it")
+    made = each * sum(row["phase"] == "online" for row in online)
+    last = [row for row in evaluations if row["phase"] == "online"][-1:]
+    if made < total or total and not (last and each * last[0].get("step", total) >= total) or not evaluations:
+        fail(f"{folder} is not finished, its metrics.csv ends after {made} of {total} online episodes: --resume it")
 
 
 def numbers_of(row: dict, folder: pathlib.Path) -> dict:
@@ -134,6 +170,7 @@ def summary_of(folder: pathlib.Path) -> dict:
     config, rows = read_run(folder)
     if not (folder / "summary.png").is_file():
         fail(f"{folder} is not finished, it has no summary.png: --resume {folder}")
+    check_finished(folder, *read_whole(folder))
     provenance, last = config["provenance"], {row["phase"]: row for row in rows}
     entry = {
         "seed": config["seed"],
@@ -144,7 +181,7 @@ def summary_of(folder: pathlib.Path) -> dict:
     entry |= {
         "machine": provenance["machine"],
         "versions": provenance["versions"],
-        "threads": config["threads"] or "all",
+        "threads": config.get("threads") or "all",
     }
     if config["data"]["local"]:
         entry["data"] = config["data"]
@@ -164,15 +201,18 @@ def keep(options: Keep) -> None:
     seeds = [entry["seed"] for entry, _ in entries]
     if len(set(seeds)) < len(seeds):
         fail(f"seeds {seeds}: one run for each seed, please; keep the others in another folder")
-    for entry, folder in entries:
-        target = options.out / f"seed{entry['seed']}"
-        target.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copyfile(folder / name, target / name)
-    episodes = json.loads((entries[0][1] / "config.json").read_text())["eval_episodes"]
+    episodes = read_run(entries[0][1])[0]["eval_episodes"]
     document = {"machine": options.machine or processor(), "note": options.note, "eval_episodes": episodes}
     document |= {"mean": means([entry for entry, _ in entries], episodes), "runs": [entry for entry, _ in entries]}
-    (options.out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+    try:
+        for entry, folder in entries:
+            target = options.out / f"seed{entry['seed']}"
+            target.mkdir(parents=True, exist_ok=True)
+            for name in KEPT:
+                shutil.copyfile(folder / name, target / name)
+        (options.out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+    except OSError as error:
+        fail(f"cannot write to {options.out} ({error.strerror}): name another folder")
     labels = [label for label in LABELS.values() if label in entries[0][0]]
     print("| seed | " + " | ".join(labels) + " |\n|" + "---|" * (1 + len(labels)))
     for entry, _ in entries:
@@ -241,8 +281,11 @@ def curves(options: Curves) -> None:
     ax.set_title(options.title, fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(loc="best")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=110)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.out, dpi=110)
+    except (OSError, ValueError) as error:  # ValueError: of an ending that is no picture's
+        fail(f"cannot write {options.out} ({getattr(error, 'strerror', None) or error}): name a .png elsewhere")
     plt.close(figure)
     print(f"{options.out}: {sum(map(len, groups.values()))} runs")
 
@@ -334,9 +377,11 @@ ABLATIONS = {
 }
 
 
-def online_episodes(folder: pathlib.Path) -> int:
-    """Episodes that a kept run had behind it at its last evaluation."""
-    return max(int(row.get("episodes", 0)) for row in read_run(folder)[1])
+def online_episodes(folder: pathlib.Path) -> tuple[int, int]:
+    """Episodes of a kept run before its online phase (RLPD's, without an update), and in it, which tables.py counts."""
+    rows = read_whole(folder)[1]
+    before = max((row.get("episodes", 0) for row in rows if row["phase"] != "online"), default=0)
+    return int(before), int(max(row.get("episodes", 0) for row in rows) - before)
 
 
 def experiments_table(results: pathlib.Path, experiments: dict[str, str], long: bool) -> str:
@@ -348,7 +393,8 @@ def experiments_table(results: pathlib.Path, experiments: dict[str, str], long: 
         document = json.loads((results / name / "results.json").read_text())
         cells = [rate_cell(document, label, long) for label in LABELS.values()]
         seeds = [results / name / f"seed{run['seed']}" for run in document["runs"]]
-        cells.append(str(max(map(online_episodes, seeds)) or "none"))
+        before, online = max(map(online_episodes, seeds))
+        cells.append(f"{before} + {online}" if before else str(online or "none"))
         cells += [", ".join(f"{seconds_of(run) / 60:.0f}" for run in document["runs"])] * long
         lines.append(f"| [{title}]({base}/{name}/results.json) | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -377,6 +423,8 @@ def with_table(text: str, name: str, table: str, file: str) -> str:
 
 
 def readme(options: Readme) -> None:
+    from benchmarks import tables
+
     for file, tables_of_it in GENERATED.items():
         path = options.root / file
         text = path.read_text()
@@ -384,6 +432,10 @@ def readme(options: Readme) -> None:
             text = with_table(text, name, make(options.root / "benchmarks/results"), file)
         path.write_text(text)
         print(path)
+    for listed in sorted((options.root / "benchmarks/results").rglob("runs.csv")):
+        for name, text in tables.made_again(listed.parent, options.root).items():
+            (listed.parent / name).write_text(text)
+        print(listed.parent / "table.md")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,8 @@ skipped; one that has a checkpoint is resumed; one that another process holds is
 signal, or whose machine went away, is resumed up to --restarts times; one that failed is listed with the last line of
 its log, and tried again by the next call. Ctrl-C or SIGTERM: all runs save and stop, and the same command goes on.
 
-Locally there is one process for each slot, a GPU or --threads cores, to which it is pinned. With --ray each run is a
+Locally there is one process for each slot, a GPU or --threads cores, to which it is pinned; a second runner on the same
+machine takes the cores that the first one left, or says that it shares them. With --ray each run is a
 task with its declared --threads CPUs and --gpus GPUs; RESULTS and this checkout must be in the same place on every
 machine (a shared file system), and `pip install -r requirements-cluster.txt` on all. `--ray local` starts Ray here.
 Ray sends its tasks as pickles over its own, token-protected connections; this program reads none from disk or network.
@@ -35,6 +36,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -47,12 +49,17 @@ import torch
 import tyro
 
 from benchmarks.cost import duration, phase_flops
-from benchmarks.harness.cli import available_cores, fail, flag, parse_args
+from benchmarks.harness.cli import BOUNDS, available_cores, fail, flag, parse_args
 from benchmarks.harness.runs import lock
 from benchmarks.suites import SUITES
+from benchmarks.vla.workers import check_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIGNALLED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}  # exit codes of a script that saved and stopped
+OURS = {
+    "env-id": "name tasks with --tasks", "seed": "name seeds with --seeds", "runs": "name a folder with --results",
+    "resume": "it resumes what is in --results by itself", "threads": "say how many with --threads",
+}  # fmt: skip
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -73,7 +80,7 @@ class Options:
     ray: str = ""  # address of a Ray cluster, or local
     restarts: int = 3  # how often a run that was ended by a signal, or lost with its machine, is resumed
     dry_run: bool = False  # print the commands, what they take in time and disk, and end
-    only: str = ""  # of a suite: the methods whose names hold this text
+    only: str = ""  # of a suite: the method of this name; where none has it, those whose names hold this text
 
 
 # --- WHAT IS RUN ---
@@ -121,7 +128,11 @@ def pairs(texts) -> tuple[tuple[str, str], ...]:
     for text, (name, sign, value) in zip(texts, found):
         if not (name and sign and value):
             fail(f"--flags {text}: write each as name=value, such as num-samples=4 or num-samples=4,8")
-    return tuple((name.lstrip("-").replace("_", "-"), value) for name, _, value in found)
+    names = [name.lstrip("-").replace("_", "-") for name, *_ in found]
+    for name in names:
+        if name in OURS:
+            fail(f"--flags {name}=...: the runner sets --{name} of every run; {OURS[name]}")
+    return tuple((name, value) for name, (*_, value) in zip(names, found))
 
 
 _loaded: dict[str, object] = {}
@@ -190,21 +201,32 @@ def jobs_of(options: Options) -> tuple[list[Job], list[str]]:
 
     if bool(options.suite) == bool(options.scripts):
         fail("name a --suite, or --scripts, one of the two")
-    known, missing, flags = env_ids(), [], pairs(options.flags)
+    known, missing, flags, of_tasks = env_ids(), [], pairs(options.flags), {}
     for task in options.tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3, cutoff=0.4)
             fail(f"unknown task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    for seed in options.seeds:
+        least, most = BOUNDS["seed"]
+        if not least <= seed <= most:
+            fail(f"--seeds {seed}: a seed must be at least {least} and at most {most}")
     if options.suite:
         if options.suite not in SUITES:
             fail(f"unknown suite {options.suite!r}; there are {', '.join(SUITES)}")
         suite = SUITES[options.suite]
+        of_tasks = suite.get("task_flags", {})
         size = suite[options.size]
         methods = {label: text.split() for label, text in size.get("methods", suite.get("methods")).items()}
-        methods = {label: (file, pairs(rest)) for label, (file, *rest) in methods.items() if options.only in label}
+        named = [options.only] if options.only in methods else [label for label in methods if options.only in label]
+        methods = {label: (methods[label][0], pairs(methods[label][1:])) for label in named}
         if not methods:
             fail(f"{options.suite} has no method with {options.only!r} in its name")
         tasks, seeds = options.tasks or size["tasks"], options.seeds or range(1, size["seeds"] + 1)
+        # What the suite says, a script may not have yet; what the user says, it must
+        for script, _ in methods.values():
+            if load(script) and (unknown := flags_missing(script, flags)):
+                fail(f"--flags: {script} has no {' '.join(map(flag, unknown))}; leave that out, or name with --only "
+                     f"methods of {options.suite} that have it")  # fmt: skip
         flags = pairs(size.get("flags", "").split()) + flags
     else:
         files = {file: file if file.endswith(".py") else f"{file}.py" for file in options.scripts}
@@ -227,7 +249,8 @@ def jobs_of(options: Options) -> tuple[list[Job], list[str]]:
         for task, combination in itertools.product(here, combinations(flags)):
             named = f"{label} {' '.join(f'{n}={v}' for n, v in combination)}".strip()
             row = named if len(combinations(flags)) > 1 else label
-            jobs += [Job(row, script, task, seed, (*own, *combination)) for seed in seeds]
+            of_task = pairs(of_tasks.get(label, {}).get(task, "").split())
+            jobs += [Job(row, script, task, seed, (*own, *of_task, *combination)) for seed in seeds]
     for job in {(job.script, job.task, job.flags): job for job in jobs}.values():
         resolved(job.script, job.task, job.flags)
     return jobs, missing
@@ -286,10 +309,10 @@ def progress_of(folder: pathlib.Path) -> dict[str, str]:
     """Where a running job is: phase, step, seconds, and the last success rate, as its metrics.csv has them."""
     run = newest(folder, "metrics.csv")
     try:
-        with open(run / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
+        lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
     except (OSError, TypeError):
         return {}
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))  # one may be half written
     last = dict(rows[-1]) if rows else {}
     rates = [row["success_rate"] for row in rows if row.get("success_rate")]
     return {name: last.get(name) or "" for name in ("phase", "step", "seconds")} | {"success": (rates or [""])[-1]}
@@ -313,26 +336,63 @@ def environment_of(threads: int) -> dict[str, str]:
     return {"PYTHONPATH": path, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))}
 
 
+def claim(cores) -> dict[int, socket.socket]:
+    """Of these cores those that no other runner on this machine has, each with what holds it until it is closed.
+
+    That is a name among Linux's abstract sockets: one process at a time can bind it, and it is free as soon as that
+    process is gone, however it went. There is nothing to clean up, and no file whose owner is somebody else.
+    """
+    held = {}
+    for core in cores:
+        name = socket.socket(socket.AF_UNIX)
+        try:
+            name.bind(f"\0parl-runner-core-{core}")
+            held[core] = name
+        except OSError:
+            name.close()
+    return held
+
+
 class Local:
-    """This machine: a process for each slot, pinned to cores and a GPU of its own."""
+    """This machine: a process for each slot, pinned to a GPU and to cores that are no other runner's, if any are left.
+
+    It starts as many as fit the cores that are left; where there are none, or --slots asks for more, it shares cores
+    with another runner and says so in its first line.
+    """
 
     def __init__(self, options: Options):
         gpus, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(gpus)]  # only those that we were given
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(available_cores())
-        self.threads = options.threads or (max(1, len(cores) // max(options.slots, gpus)) if gpus else 1)
-        count = options.slots or gpus or max(1, len(cores) // self.threads)
+        self.held = claim(cores) if LIBC else dict.fromkeys(cores)
+        own = list(self.held) or cores
+        self.threads = options.threads or (max(1, len(own) // max(options.slots, gpus)) if gpus else 1)
+        count = options.slots or gpus or max(1, len(own) // self.threads)
+        cores = [*own, *(core for core in cores if core not in own)]
         self.slots = [
             ({"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else {},
              {cores[(i * self.threads + k) % len(cores)] for k in range(self.threads)})
             for i in range(count)
         ]  # fmt: skip
+        pinned = set().union(*(cores for _, cores in self.slots))
+        shared = sorted(pinned - self.held.keys())
+        self.release(self.held.keys() - pinned)
         self.free, self.running = list(range(count)), {}
         self.words = f"{count} slot{'s' * (count > 1)} of {self.threads} thread{'s' * (self.threads > 1)}"
         self.words += f" on {gpus} GPUs" if gpus else ""
+        self.words += f", sharing cores {', '.join(map(str, shared))} with another runner" * bool(shared)
+
+    def release(self, cores) -> None:
+        """Leave these cores to other runners."""
+        for name in filter(None, [self.held.pop(core) for core in list(cores)]):
+            name.close()
 
     def room(self) -> bool:
         return bool(self.free)
+
+    def queued(self) -> list[Job]:
+        """None: here a run starts at once."""
+        return []
 
     def start(self, job: Job, command: list[str], log: pathlib.Path) -> None:
         environment, cores = self.slots[slot := self.free.pop(0)]
@@ -356,7 +416,11 @@ class Local:
                 process.send_signal(signal.SIGKILL if urgent else signal.SIGTERM)
 
     def close(self) -> None:
-        pass
+        self.release(self.held)
+
+
+def size_of(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 class OnRay:
@@ -372,11 +436,13 @@ class OnRay:
         gpus = options.gpus if options.gpus >= 0 else float(torch.cuda.device_count() > 0)
         count = options.slots * self.threads or None
         start = {"num_cpus": count, "include_dashboard": False} if here else {}
+        check_ray(1, options.ray)  # Ray asks for minutes whether an address where nobody answers has come up
         try:
             ray.init(address=options.ray, log_to_driver=False, **start)
         except Exception as error:  # of many kinds
-            fail(f"--ray {options.ray}: {str(error).strip().splitlines()[0]}")
-        self.running, self.limit = {}, options.slots or 10_000
+            fail(f"--ray {options.ray}: {(str(error).strip().splitlines() or [repr(error)])[0]}")
+        self.running, self.logs, self.limit = {}, {}, options.slots or 10_000
+        self.check_machines(options.ray, {"CPU": self.threads, "GPU": gpus})
 
         def execute(command, log, environment):
             """Run the script on the machine where this task is; returns its exit code.
@@ -401,10 +467,29 @@ class OnRay:
         self.execute = ray.remote(max_retries=0, **resources)(execute)
         self.words = f"Ray ({options.ray}), each run with {self.threads} CPUs and {gpus:g} GPUs"
 
+    def check_machines(self, address: str, needed: dict[str, float]) -> None:
+        """One line where no machine of the cluster has what a run is to have: Ray waits without a word for one."""
+        machines = [{kind: node["Resources"].get(kind, 0) for kind in needed}
+                    for node in self.ray.nodes() if node["Alive"]]  # fmt: skip
+        if not any(all(machine[kind] >= number for kind, number in needed.items()) for machine in machines):
+            self.close()
+
+            def words(numbers):
+                return " and ".join(f"{number:g} {kind}s" for kind, number in numbers.items())
+
+            there = "; ".join(sorted(set(map(words, machines)))) or "none"
+            fail(f"--ray {address}: no machine of the cluster has {words(needed)} for a run, there are: {there}; "
+                 "pass other --threads or --gpus")  # fmt: skip
+
     def room(self) -> bool:
         return len(self.running) < self.limit
 
+    def queued(self) -> list[Job]:
+        """Those that wait in Ray's queue: where a run starts, its command is written to its log first."""
+        return [job for job in self.running if size_of(self.logs[job][0]) == self.logs[job][1]]
+
     def start(self, job: Job, command: list[str], log: pathlib.Path) -> None:
+        self.logs[job] = log, size_of(log)
         self.running[job] = self.execute.remote(command, str(log), environment_of(self.threads))
 
     def ended(self) -> list[tuple[Job, int]]:
@@ -471,8 +556,9 @@ def start_jobs(state: State, workers, results: pathlib.Path, say) -> None:
             state.waiting.remove(job)
             state.since[job] = time.monotonic()
             command = command_of(job, folder, workers.threads)
-            say(f"{'resumed' if '--resume' in command else 'started'}: {job.name}")
+            began = "resumed" if "--resume" in command else "started"
             workers.start(job, command, folder / "log.txt")
+            say(f"{f'queued, to be {began}' if job in workers.queued() else began}: {job.name}")
 
 
 def end_job(job: Job, code: int, state: State, results: pathlib.Path, restarts: int, say) -> None:
@@ -516,16 +602,19 @@ class Table:
         self.height = len(lines)
 
     def lines(self) -> list[str]:
-        """A line for each running job, and one for all."""
+        """A line for each running job, and one for all. What is in Ray's queue is counted; its time begins later."""
         state, lines = self.state, [f"{'phase':8}{'step':>8}{'success':>9}{'time':>9}  run"]
-        for job in self.workers.running:
+        queued = self.workers.queued()
+        state.since |= dict.fromkeys(queued, time.monotonic())
+        running = [job for job in self.workers.running if job not in queued]
+        for job in running:
             at = progress_of(self.results / job.name)
             success = f"{100 * float(at['success']):.0f} %" if at.get("success") else ""
             took = duration(time.monotonic() - state.since[job])
             lines.append(f"{at.get('phase', ''):8}{at.get('step', ''):>8}{success:>9}{took:>9}  {job.name}")
         lines += [f"failed: {job.name}: {why}" for job, why in state.failed.items()]
-        counts = {"finished": len(state.finished), "running": len(self.workers.running),
-                  "waiting": len(state.waiting), "failed": len(state.failed)}  # fmt: skip
+        counts = {"finished": len(state.finished), "running": len(running), "waiting": len(state.waiting),
+                  **({"queued in Ray": len(queued)} if queued else {}), "failed": len(state.failed)}  # fmt: skip
         return [*lines, ", ".join(f"{number} {name}" for name, number in counts.items())]
 
 
@@ -537,6 +626,10 @@ def run_all(jobs: list[Job], options: Options) -> State:
     state.skipped = len(state.finished)
     if not state.waiting:
         return state
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--results {results}: cannot be made ({error.strerror}); name another folder")
     workers = OnRay(options) if options.ray else Local(options)
     print(f"{len(jobs)} runs, {state.skipped} of them finished; {workers.words}; all of it in {results}/", flush=True)
     table = Table(state, workers, results)
@@ -563,9 +656,10 @@ def run_all(jobs: list[Job], options: Options) -> State:
 
 # --- WHAT IT WILL TAKE ---
 def seconds_of(run: pathlib.Path) -> float:
-    """How long a finished run took by its own clock."""
-    with open(run / "metrics.csv", newline="") as file:
-        return max((float(row["seconds"]) for row in csv.DictReader(file) if row.get("seconds")), default=math.nan)
+    """How long a finished run took by its own clock; one line where its metrics.csv is missing or was cut off."""
+    from benchmarks.report import read_whole  # takes scipy, a second that runs and Ray's workers do without
+
+    return max((row["seconds"] for row in read_whole(run, wanted=())[1] if "seconds" in row), default=math.nan)
 
 
 def rates_of(script, args, sizes: tuple[int, int]) -> dict[str, float]:
@@ -595,8 +689,8 @@ def estimate(job: Job, results: pathlib.Path, cache: dict) -> tuple[float, float
     """The fewest and the most seconds of a run and its bytes, NaN where nothing is known, and how that is known.
 
     From finished runs of the same script, task and flags with other seeds, else from the arithmetic of its phases at
-    the rates that this machine reaches now, without evaluations: the fewest without its online episodes, the most with
-    episodes that all last until the time limit.
+    the rates that this machine reaches now, or a baseline's from a few steps of each phase, without evaluations: the
+    fewest without its online episodes, the most with episodes that all last until the time limit.
     """
     key = job.name.rsplit("__", 1)[0]
     if key not in cache:
@@ -612,7 +706,11 @@ def estimate(job: Job, results: pathlib.Path, cache: dict) -> tuple[float, float
 
 
 def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
-    """As `estimate`, for a script whose phases benchmarks/cost.py can count; cache: of rates, by what decides them."""
+    """As `estimate`, of runs that benchmarks/cost.py can count, and of those that benchmarks/rehearsal.py must time.
+
+    cache: of rates and rehearsals, by what decides them.
+    """
+    from benchmarks.rehearsal import rehearse
     from benchmarks.tasks import make_env
 
     script, args = load(job.script), resolved(job.script, job.task, job.flags)
@@ -627,9 +725,12 @@ def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
             episode = 1_000
         rows = args.dataset_size or {"pointmaze": 40_000}.get(job.task.split("-")[0], 1_000_000)
         flops = phase_flops(args, sizes[0], getattr(args, "chunk", 1) * sizes[1], rows, episode)
-        if not flops:  # a baseline's is not counted
-            return math.nan, math.nan, math.nan, "unknown until one has run"
         same = job.script, sizes, repr(dataclasses.replace(args, env_id="", seed=0))
+        if not flops:  # a baseline's
+            argv = ["--env-id", job.task, *argv_of(job.flags)]
+            seconds, size = cache[same] = cache.get(same) or rehearse(script, argv, sizes, rows, episode)
+            most = sum(seconds.values())
+            return most - seconds.get("online", 0), most, size, "by a few steps of each phase on this machine"
         rates = cache[same] = cache.get(same) or rates_of(script, args, sizes)
     except Exception as error:  # a script of another shape, or a task whose package is not installed
         return math.nan, math.nan, math.nan, f"unknown until one has run ({type(error).__name__})"
@@ -641,11 +742,21 @@ def by_arithmetic(job: Job, cache: dict) -> tuple[float, float, float, str]:
     return most - seconds["online"], most, 2 * (8 * weights + episodes) + 20e6, "by arithmetic, at this machine's rate"
 
 
+def check_results(folder: pathlib.Path) -> None:
+    """One line where the folder of all runs cannot be made or written to."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        fail(f"--results {folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        fail(f"--results {folder}: {nearest} cannot be written to; name another folder")
+
+
 def dry_run(jobs: list[Job], options: Options) -> None:
     """Print what would be run, and what it takes."""
     results, cache, shown = options.results.expanduser().resolve(), {}, {}
     waiting = [job for job in jobs if not finished_run(results / job.name)]
     slots = Local(options)
+    slots.close()  # they are only counted
     for job in waiting:
         command = command_of(job, results / job.name, slots.threads)
         print(shlex.join(["python", *[part.removeprefix(f"{ROOT}/") for part in command[1:]]]))
@@ -679,6 +790,7 @@ def main(argv: list[str] | None = None) -> None:
         fail("--slots, --threads and --restarts must be at least 0")
     if not options.ray and options.slots * max(1, options.threads) > 64 * available_cores():
         fail(f"--slots {options.slots} of {options.threads} threads are too many for {available_cores()} cores")
+    check_results(options.results.expanduser().resolve())
     jobs, missing = jobs_of(options)
     jobs = list({job.name: job for job in jobs}.values())  # two rows of a table may be one run
     print("".join(f"{line}\n" for line in missing), end="")

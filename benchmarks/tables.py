@@ -8,18 +8,23 @@ in percent: success, or 25 a sub-task where a task counts them.
 
 import base64
 import csv
+import dataclasses
+import functools
 import html
+import io
+import itertools
 import json
 import pathlib
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.harness.cli import fail
+from benchmarks.harness.cli import FREE, fail
 from benchmarks.intervals import improvement, interquartile_mean, mean, with_interval
-from benchmarks.report import curve, label_and_folder, numbers_of
+from benchmarks.report import WANTED, check_finished, curve, label_and_folder, read_whole
 
 NUMBERS = ("offline", "online", "regret")
 
@@ -41,27 +46,10 @@ class Entry:
 
 
 # --- READING: what is not whole is refused, since a table does not show it ---
-def read_all(folder: pathlib.Path) -> tuple[dict, list[dict]]:
-    """config.json and every row of metrics.csv; one line where one of them is missing or was cut off."""
-    path = folder / "metrics.csv"
-    try:
-        config, text = json.loads((folder / "config.json").read_text()), path.read_text()
-        wanted = ("script", "env_id", "seed", "data", "provenance", "num_online_episodes", "eval_episodes")
-        absent = [name for name in wanted if name not in config]
-    except (OSError, ValueError) as error:
-        fail(f"{folder} has no readable config.json and metrics.csv ({error})")
-    if absent:
-        fail(f"{folder}/config.json does not say {', '.join(absent)}: it is not a run's of these scripts")
-    rows = list(csv.reader(text.splitlines()))
-    ragged = [number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])]
-    if not text.endswith("\n") or ragged:
-        fail(f"{path} is truncated: line {(ragged or [len(rows)])[0]} is not whole; copy it anew, or --resume the run")
-    return config, [numbers_of(dict(zip(rows[0], row)), folder) for row in rows[1:]]
-
-
 def entry_of(method: str, folder: pathlib.Path, episodes: int = 0) -> Entry:
     """A finished run's entry, of its first so many online episodes; 0: of all. One line if it has not made them."""
-    config, rows = read_all(folder)
+    config, rows = read_whole(folder, ("script", "env_id", *WANTED[1:], "num_online_episodes"))
+    check_finished(folder, config, rows)
     total = config["num_online_episodes"]
     if episodes > total:
         fail(f"{folder} was to make {total} online episodes, fewer than --episodes {episodes}")
@@ -75,13 +63,6 @@ def entry_of(method: str, folder: pathlib.Path, episodes: int = 0) -> Entry:
     ]
     before = [row for row in evaluations if row["phase"] != "online"]
     after = [row for row in evaluations if row["phase"] == "online"]
-    planned = config.get("num_offline_steps", 0)
-    if planned and not any(row["phase"] == "offline" and row.get("step", planned) == planned for row in before):
-        fail(f"{folder} is not finished, it has no evaluation after its {planned} offline updates: --resume it")
-    if not (before or total) or len(rates) < total or total and (not after or after[-1].get("step", total) < total):
-        fail(
-            f"{folder} is not finished, its metrics.csv ends after {len(rates)} of {total} online episodes: --resume it"
-        )
     within = [row for row in after if row.get("step", total) <= episodes]
     if total and not within:
         fail(f"{folder} has no evaluation within --episodes {episodes}, the first is after {after[0]['step']:.0f}")
@@ -107,6 +88,41 @@ def runs_of_suite(suite: str, size: str, results: pathlib.Path) -> list[tuple[st
     if len(found) < len(jobs):
         print(f"{len(jobs) - len(found)} of {len(jobs)} runs are not finished: the table is of the others")
     return found
+
+
+NOT_LEARNED = {"seed", "runs", "resume", "log_every", "plain"} | FREE  # flags that do not change what a run learns
+
+
+@functools.cache
+def suite_jobs(task: str) -> list[tuple[str, str, int, dict, dict]]:
+    """Each run on this task that a suite names: suite, script, seed, its settings, and the script's defaults."""
+    from benchmarks import run
+    from benchmarks.suites import SUITES
+
+    found = []
+    for suite, size in itertools.product(SUITES, ("laptop", "paper")):
+        if task in SUITES[suite][size]["tasks"]:
+            for job in run.jobs_of(run.Options(suite=suite, size=size, tasks=(task,)))[0]:
+                args, plain = run.resolved(job.script, job.task, job.flags), run.load(job.script).Args()
+                name = suite if size == "laptop" else f"{suite} (paper)"
+                found.append((name, pathlib.Path(job.script).stem, job.seed, vars(args), vars(plain)))
+    return found
+
+
+def suites_of(entry: Entry) -> list[str]:
+    """Suites of benchmarks/suites.py that name a run of these settings, script, task and seed; of a run at paper size
+    with that word behind. A flag that the script got after the run counts as its default; reward_min 0 is the data's.
+    """
+    config, names = entry.config, []
+    for suite, script, seed, args, plain in suite_jobs(entry.task):
+        if (script, seed) == (config["script"], entry.seed) and suite not in names:
+            pairs = [(name, config.get(name, plain[name]), args[name]) for name in args.keys() - NOT_LEARNED]
+            if all(
+                (tuple(was) if isinstance(was, list) else was) == now or (name, now) == ("reward_min", 0)
+                for name, was, now in pairs
+            ):
+                names.append(suite)
+    return names
 
 
 def check_comparable(entries: list[Entry], mix_sources: bool) -> None:
@@ -219,10 +235,15 @@ def tables_of(entries, rows) -> list[tuple[str, list[list[str]]]]:
     found = [("Offline RL → after online RL, score in percent, mean of the seeds", [["task", *methods], *arrows]),
              ("Each with its 95 % interval, and the regret online",
               [["task", "method", "runs", "offline", "online", "after episodes", "regret"], *details])]  # fmt: skip
+    named = [[m, ", ".join(s for s in suites_of(some[0]) if all(s in suites_of(e) for e in some))]
+             for m in methods for some in [[e for e in entries if e.method == m]]]  # fmt: skip
     if any(any(line[1:]) for line in middles):
         found.append(("Interquartile mean over the tasks that all methods have", [["method", *NUMBERS], *middles]))
     if any(any(line[1:]) for line in better):
         found.append(("Probability that a run of the first method is better", [["", *NUMBERS[:2]], *better]))
+    if any(line[1] for line in named):
+        title = "Suites of suites.py that name these very runs, by settings and seeds as they are today"
+        found.append((title, [["method", "suites"], *named]))
     return found
 
 
@@ -335,7 +356,7 @@ def write(options) -> None:
         named = runs_of_suite(options.suite, options.size, options.results)
     else:
         named = [label_and_folder(text) for text in options.runs]
-    entries = [entry_of(label or read_all(folder)[0]["script"], folder, options.episodes) for label, folder in named]
+    entries = [entry_of(label or read_whole(folder)[0]["script"], folder, options.episodes) for label, folder in named]
     check_comparable(entries, options.mix_sources)
     rows = statistics(entries)
     tables, notes, out = tables_of(entries, rows), notes_of(entries), options.out
@@ -344,15 +365,10 @@ def write(options) -> None:
         out.mkdir(parents=True, exist_ok=True)
         pictures = [out / f"curves-{over}.png" for over in ("episodes", "seconds")]
         pictures = [path for path in pictures if draw(entries, path.stem.split("-")[1], path)]
-        text = "\n".join([f"# {title}\n", markdown_of(tables, notes), *(f"![{p.stem}]({p.name})\n" for p in pictures)])
-        (out / "table.md").write_text(text)
-        write_csv(out / "table.csv", rows)
-        write_csv(out / "runs.csv", [
-            dict(method=e.method, task=e.task, seed=e.seed, offline=e.offline, online=e.online, episodes=e.episodes,
-                 regret=e.regret, seconds=e.rows[-1].get("seconds"), local=e.config["data"]["local"],
-                 commit=e.config["provenance"]["commit"], folder=e.folder) for e in entries])  # fmt: skip
+        for name, text in files_of(title, entries, rows, tables, pictures).items():
+            (out / name).write_text(text)
         if options.html:
-            command = "python -m benchmarks.report " + " ".join(sys.argv[1:])
+            command = shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])
             (out / "index.html").write_text(page_of(title, tables, [*notes, f"Made by: {command}"], pictures, entries))
     except OSError as error:
         fail(f"cannot write to {out} ({error.strerror})")
@@ -360,8 +376,31 @@ def write(options) -> None:
     print(f"{out}: table.md, table.csv, runs.csv{', index.html' * options.html}, {', '.join(p.name for p in pictures)}")
 
 
-def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows([{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+def files_of(title: str, entries, rows, tables, pictures) -> dict[str, str]:
+    """table.md, table.csv and runs.csv, as texts by name."""
+    text = [f"# {title}\n", markdown_of(tables, notes_of(entries)), *(f"![{p.stem}]({p.name})\n" for p in pictures)]
+    return {"table.md": "\n".join(text), "table.csv": csv_of(rows), "runs.csv": csv_of([
+        dict(method=e.method, task=e.task, seed=e.seed, offline=e.offline, online=e.online, episodes=e.episodes,
+             regret=e.regret, seconds=e.rows[-1].get("seconds"), local=e.config["data"]["local"],
+             commit=e.config["provenance"]["commit"], folder=e.folder) for e in entries])}  # fmt: skip
+
+
+def csv_of(rows: list[dict]) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows([{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    return text.getvalue()
+
+
+def made_again(out: pathlib.Path, root: pathlib.Path) -> dict[str, str]:
+    """`files_of` a folder that `write` made, from the runs that its runs.csv names, whose folders are below root."""
+    with open(out / "runs.csv", newline="") as file:
+        listed = list(csv.DictReader(file))
+    entries = [entry_of(row["method"], root / row["folder"], int(row["episodes"])) for row in listed]
+    entries = [dataclasses.replace(e, folder=pathlib.Path(row["folder"])) for e, row in zip(entries, listed)]
+    check_comparable(entries, mix_sources=True)
+    title = (out / "table.md").read_text().splitlines()[0].removeprefix("# ")
+    rows = statistics(entries)
+    pictures = [out / name for name in ("curves-episodes.png", "curves-seconds.png") if (out / name).is_file()]
+    return files_of(title, entries, rows, tables_of(entries, rows), pictures)

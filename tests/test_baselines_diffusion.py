@@ -1,6 +1,8 @@
 """The diffusion baselines: each loss against its own paper's formula, runs stopped and resumed, bad flags."""
 
+import copy
 import math
+import multiprocessing
 import os
 import signal
 
@@ -106,6 +108,92 @@ def test_cem_is_the_same_with_the_fast_critic():
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
+class Slopes(torch.nn.Module):
+    """A critic of two members whose Q of an action (B, n, 1) is w times it, w 1 and 2 at first; regression."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, obs, actions, members=None):
+        q = self.weight[:, None, None] * actions[..., 0]
+        return q if members is None else q[members]
+
+    def td_loss(self, obs, actions, target_q, release_width):
+        q = self.forward(obs, actions[:, None])[..., 0]
+        return q, (q - target_q).square().mean()
+
+
+class TwoTransitions:
+    """State 0 -> 1, which goes on, and 1 -> 2, a terminal; both rewards -1, the returns that followed -0.5 and -9."""
+
+    obs_index, next_index = torch.tensor([0, 1]), torch.tensor([1, 2])
+    states, rewards, masks = torch.arange(3.0)[:, None], torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 0.0])
+    mc_returns, action_at = torch.tensor([-0.5, -9.0]), torch.zeros(2, 1)
+    candidates = torch.tensor([[[-0.8], [-0.6], [-0.9]], [[-0.4], [-0.7], [-0.5]], [[-0.3], [-0.1], [-0.2]]])
+
+    def data_actions(self, states):
+        return torch.tensor([[-0.2], [-0.3]])
+
+
+def test_cem_calqls_update_by_hand(monkeypatch):
+    """Equation 3.3 with the best of each state's candidates: -0.6, -0.4 and -0.1 at states 0, 1 and 2.
+
+    Both members are targets and penalised; the random action is 0, valued 0. One gradient step of the whole loss.
+    """
+    args = cem_calql.Args(
+        initial_population="policy", num_samples=3, num_elites=1, num_iterations=1, ensemble_size=2, target_subset=2,
+        critic_loss="mse", discount=0.5, cql_alpha=0.3, cql_actions=1, target_tau=0.25,
+    )  # fmt: skip
+    critic, target = Slopes(), Slopes().requires_grad_(False)
+    monkeypatch.setattr(cem_calql, "FrozenCritic", lambda critic: critic)  # which takes the script's own alone
+    monkeypatch.setattr(cem_calql.torch, "rand", lambda *shape, **how: torch.full(shape, 0.5))  # an action of 0
+    optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+    info = cem_calql.critic_update(critic, target, optimizer, TwoTransitions(), torch.tensor([0, 1]), args)
+
+    targets = [-1 + 0.5 * 2 * -0.4, -1.0]  # the smaller member's value of the best action at s'; none after a terminal
+    data, best, best_next, returns = [-0.2, -0.3], [-0.6, -0.4], [-0.4, -0.1], [-0.5, -9.0]
+    td, penalty = [], []
+    slope = {w: {"td": 0.0, "cql": 0.0} for w in (1.0, 2.0)}  # of the losses' sums, by each member's weight
+    for w in slope:
+        for i in range(2):
+            td.append((w * data[i] - targets[i]) ** 2)
+            slope[w]["td"] += 2 * (w * data[i] - targets[i]) * data[i]
+            actions = [0.0, best_next[i], best[i], data[i]]
+            bounded = [0.0, max(w * actions[1], returns[i]), max(w * actions[2], returns[i]), w * actions[3]]
+            total = sum(map(math.exp, bounded))
+            penalty.append(math.log(total / 4) - w * data[i])
+            held = [k in (1, 2) and w * actions[k] < returns[i] for k in range(4)]  # by the bound: no gradient
+            slope[w]["cql"] += sum(math.exp(q) / total * a * (not h) for q, a, h in zip(bounded, actions, held))
+            slope[w]["cql"] -= data[i]
+    assert info["td_loss"].item() == pytest.approx(sum(td) / 4)
+    assert info["cql_loss"].item() == pytest.approx(sum(penalty) / 4)
+    assert info["critic_loss"].item() == pytest.approx(sum(td) / 4 + 0.3 * sum(penalty) / 4)
+    assert info["cem_target_q"].item() == pytest.approx(sum(targets) / 2)
+    assert info["bound_rate"].item() == pytest.approx(3 / 8)  # of -0.4, -0.6 and twice those, below -0.5 are three
+    moved = [w - 0.1 * (slope[w]["td"] + 0.3 * slope[w]["cql"]) / 4 for w in slope]
+    assert critic.weight.tolist() == pytest.approx(moved)
+    assert target.weight.tolist() == pytest.approx([0.75 * w + 0.25 * m for w, m in zip(slope, moved)])
+
+
+def test_cem_calqls_random_populations_are_drawn_anew_over_all_actions(monkeypatch):
+    """For s and s' of every transition, a chunk's steps together; what a policy drew is not looked at."""
+    seen, args = [], cem_calql.Args(num_samples=500, chunk=2, ensemble_size=2, critic_loss="mse", cql_actions=1)
+
+    def note(critic, obs, population, args):
+        seen.append(population)
+        return population[:, 0], population[:, 0, 0]
+
+    monkeypatch.setattr(cem_calql, "cem_actions", note)
+    monkeypatch.setattr(cem_calql, "calql_loss", lambda critic, *rest: (critic.weight.sum(), {}))
+    critic, target = Slopes(), Slopes().requires_grad_(False)
+    optimizer = torch.optim.SGD(critic.parameters(), 0.0)
+    for _ in range(2):
+        cem_calql.critic_update(critic, target, optimizer, TwoTransitions(), torch.tensor([0, 1]), args)
+    assert [population.shape for population in seen] == [(4, 500, 2)] * 2 and not torch.equal(*seen)
+    assert seen[0].min() < -0.99 and seen[0].max() > 0.99 and seen[0].abs().max() <= 1
+
+
 def test_over_optimism_is_q_less_the_return_that_followed():
     args = cem_calql.Args(num_samples=1, discount=0.5, sparse_reward=False)
     buffer = ReplayBuffer(episode_of(4, 1.0), args, "cpu")
@@ -137,6 +225,49 @@ def test_exactly_the_successful_episodes_are_kept():
     actions = buffer.data_actions(buffer.obs_index[index.flatten()])[:, 0].view(200, 4)
     assert (actions[:, :2] == 0).all() and (actions[:, 2:] > 0).all()
     assert {round(a, 1) for a in actions[:, 2:].flatten().tolist()} == {0.1, 0.3, 0.5}
+
+
+def test_cloning_takes_a_step_down_the_denoising_loss_of_the_rows_own_actions():
+    """Equation 3.1 by hand, at the steps and with the noise that the same seed draws; then SGD, and the average."""
+    data, rows = episode_of(6, 0.0), torch.tensor([4, 1, 1])
+    data.actions[:] = np.linspace(-0.9, 0.9, 12).reshape(6, 2)  # each row its own
+    buffer = ReplayBuffer(data, filtered_bc.Args(), "cpu")
+    policy, average = some_policy(), some_policy().requires_grad_(False)
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    torch.manual_seed(3)
+    t, noise = torch.randint(5, (3,)), torch.randn(3, 2)
+    obs, actions = (torch.as_tensor(array)[rows] for array in (data.observations, data.actions))
+    bar = torch.cumprod(1 - policy.betas, 0)[t, None]
+    obs_part, time_parts = policy.first_layer_parts(obs)
+    predicted = policy.predict_noise(obs_part + time_parts[t], bar.sqrt() * actions + (1 - bar).sqrt() * noise)
+    expected = ((predicted - noise) ** 2).sum(1).mean()
+    slopes = dict(zip(before, torch.autograd.grad(expected, list(policy.parameters()))))
+    torch.manual_seed(3)
+    loss = filtered_bc.clone(policy, average, torch.optim.SGD(policy.parameters(), 0.1), buffer, rows, 0.25)
+    assert loss.item() == pytest.approx(expected.item()) and not loss.requires_grad
+    assert max(slope.abs().max() for slope in slopes.values()) > 0.01
+    for name, weight in policy.named_parameters():
+        moved = before[name] - 0.1 * slopes[name]
+        torch.testing.assert_close(weight.detach(), moved)
+        torch.testing.assert_close(average.get_parameter(name), 0.75 * before[name] + 0.25 * moved)
+
+
+def test_what_is_cloned_is_what_the_policy_then_does():
+    """Of data whose action is 0.3 everywhere, and later of kept episodes with -0.6 in half of each batch: both."""
+    torch.manual_seed(0)
+    buffer, policy = ReplayBuffer(episode_of(40, 0.3), filtered_bc.Args(), "cpu"), some_policy()
+    average, optimizer = copy.deepcopy(policy).requires_grad_(False), torch.optim.Adam(policy.parameters(), 3e-3)
+
+    def samples_after(updates):
+        for rows in buffer.sample_index((updates, 64)):
+            filtered_bc.clone(policy, average, optimizer, buffer, rows, 0.05)
+        return average.sample(torch.zeros(500, 3), 1)[:, 0]
+
+    assert (samples_after(400) - 0.3).abs().mean() < 0.1
+    filtered_bc.keep_successful(buffer, episode_of(30, -0.6), True)
+    actions = samples_after(600)
+    low, high = ((actions - value).abs().amax(1) < 0.3 for value in (-0.6, 0.3))
+    assert low.float().mean() > 0.25 and high.float().mean() > 0.25
 
 
 def test_nothing_is_cloned_online_before_a_success(tmp_path, monkeypatch):
@@ -366,12 +497,20 @@ def test_ppo_makes_rewarded_actions_likelier():
 
 
 # --- the programs ---
-@pytest.mark.parametrize("script", [cem_calql, dppo], ids=["cem_calql", "dppo"])
+def let_some_succeed(monkeypatch):
+    """Filtered cloning learns from episodes that succeed, and no policy of six updates does: here the even seeds'."""
+    collect = filtered_bc.collect_episode
+    monkeypatch.setattr(filtered_bc, "collect_episode", lambda *how: (collect(*how)[0], how[2] % 2 == 0))
+
+
+@baselines
 def test_a_run_stopped_in_every_phase_ends_with_the_same_numbers(script, tmp_path, monkeypatch):
+    let_some_succeed(monkeypatch)
     flags = [*TOY, *FLAGS[script], "--seed", "3"]
     script.main([*flags, "--runs", str(tmp_path / "whole")])
     (reference,) = (tmp_path / "whole").iterdir()
-    phases = {"cloning", "offline", "online"} if script is cem_calql else {"cloning", "online"}
+    assert script is not filtered_bc or rows_of(reference)[-2]["episodes_kept"] == "2"
+    phases = {"cloning", "offline", "online"} if script in (cem_calql, dql) else {"cloning", "online"}
     original = Run.count
 
     def stop_in_each_phase(run, **done):  # as a signal would, at the second step of each
@@ -394,6 +533,35 @@ def test_a_run_stopped_in_every_phase_ends_with_the_same_numbers(script, tmp_pat
     assert_same_checkpoint(folder, reference)
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"), reason="a fork cannot use the GPU")
+@pytest.mark.parametrize("script", [dql, filtered_bc], ids=["dql", "filtered_bc"])
+def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(script, tmp_path, monkeypatch):
+    """SIGKILL, in a fork of this process at the second step of each phase: nothing is saved then."""
+    let_some_succeed(monkeypatch)
+    flags, original = [*TOY, *FLAGS[script], "--seed", "4"], Run.count
+    script.main([*flags, "--runs", str(tmp_path / "whole")])
+    (reference,) = (tmp_path / "whole").iterdir()
+    argv = [*flags, "--runs", str(tmp_path / "killed")]
+    for phase in ("cloning", "offline", "online") if script is dql else ("cloning", "online"):
+
+        def killed(run, phase=phase, **done):
+            original(run, **done)
+            if run.phase == phase and run.progress["step"] == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Run, "count", killed)
+            process = multiprocessing.get_context("fork").Process(target=script.main, args=(argv,))
+            process.start()
+            process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        (folder,) = (tmp_path / "killed").iterdir()
+        argv = ["--resume", str(folder)]
+    script.main(argv)
+    assert rows_of(folder) == rows_of(reference)
+    assert_same_checkpoint(folder, reference)
+
+
 @pytest.mark.parametrize(
     ("script", "flags"),
     [(cem_calql, "--initial-population random --critic-loss mse --chunk 2"), (dql, "--critic-loss mse --chunk 2"),
@@ -410,7 +578,9 @@ def test_variants_run(script, flags, tmp_path):
     ("script", "flags", "says"),
     [(cem_calql, "--num-elites 99", "--num-elites"), (cem_calql, "--num-iterations 0", "--num-iterations"),
      (dql, "--backup-samples 0", "--backup-samples"), (dql, "--eta -1", "--eta"), (dppo, "--min-std 0", "--min-std"),
-     (dppo, "--episodes-per-round 0", "--episodes-per-round"), (filtered_bc, "--preset none", "unknown --preset")],
+     (dppo, "--episodes-per-round 0", "--episodes-per-round"),
+     (dppo, "--num-online-episodes 5", "--num-online-episodes 5 are not whole rounds"),
+     (filtered_bc, "--preset none", "unknown --preset")],
     ids=lambda value: getattr(value, "__name__", str(value)).split(".")[-1],
 )  # fmt: skip
 def test_bad_flags_end_in_one_line(script, flags, says, tmp_path):
@@ -432,3 +602,4 @@ def test_every_preset_is_accepted(script):
     for task, preset in [(task, preset) for task in tasks for preset in ("auto", "laptop")]:
         args = parse_args(script.Args, script.PRESETS, ["--env-id", task, "--preset", preset])
         assert args.preset in ("laptop", *script.PRESETS) and args.num_online_episodes > 0
+        assert args.num_online_episodes % getattr(args, "episodes_per_round", 1) == 0

@@ -103,8 +103,10 @@ def test_the_columns_of_metrics_may_stand_in_any_order_and_some_be_absent(tmp_pa
             else:
                 report.curves(report.Curves(picture, [str(folder)], over))
     assert "| 1 | 10% | 50% | 90% |" in capsys.readouterr().out  # without seconds
-    (folder / "metrics.csv").write_text("phase,success_rate\nonline,0.5,more\noffline\n")  # rows too long and too short
-    assert report.read_run(folder)[1] == [{"phase": "online", "success_rate": 0.5}]
+    for rows in ("online,0.5,more\n", "online,0.5\noffline\n"):  # too long and too short
+        (folder / "metrics.csv").write_text(f"phase,success_rate\n{rows}")
+        with pytest.raises(SystemExit, match="is truncated"):
+            report.read_run(folder)
     (folder / "metrics.csv").write_text("phase,success_rate\nonline,half\n")
     with pytest.raises(SystemExit, match="no number"):
         report.read_run(folder)
@@ -124,6 +126,55 @@ def test_a_run_that_cannot_be_kept_is_one_line(tmp_path, build, message):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["keep", "curves"])
+def test_a_csv_that_was_cut_off_is_one_line(command, tmp_path):
+    """Within a line, keep and curves refuse it; between two lines, keep, whose runs are to be finished, does."""
+    folder, out = write_run(tmp_path / "run"), tmp_path / "out" / "c.png"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_offline_steps": 9, "num_online_episodes": 1}))
+    rows = list(csv.reader(open(folder / "metrics.csv", newline="")))
+    episode, evaluation = ["online", 0, 20, 5, 6.0, "", 0.5, 1], ["online", 1, 20, 5, 6.0, 0.9, "", ""]
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerow([*rows[0], "episode_success"])
+        csv.writer(file).writerows([*([*row, ""] for row in rows[1:-2]), episode, evaluation])
+    whole = (folder / "metrics.csv").read_bytes()
+    for size in range(len(whole)):
+        at_a_line, within = whole[:size].endswith(b"\n"), size % 7 == 0
+        if at_a_line and command == "keep" or within and not at_a_line:
+            (folder / "metrics.csv").write_bytes(whole[:size])
+            with pytest.raises(SystemExit, match="truncated|not finished|no evaluation yet|no readable") as caught:
+                report.main([command, str(out), "--runs", str(folder)])
+            assert "\n" not in str(caught.value) and not out.parent.exists()
+    (folder / "metrics.csv").write_bytes(whole)
+    report.main([command, str(out), "--runs", str(folder)])
+    assert out.exists()
+
+
+@pytest.mark.parametrize("command", ["keep", "curves"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "no readable config.json"), (b"\xff", "no readable"), (b"3", "no readable"),
+        (b"{}", "does not say script, seed, data"),
+    ],
+)  # fmt: skip
+def test_a_config_that_cannot_be_read_is_one_line(command, content, words, tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=words) as caught:
+        report.main([command, str(tmp_path / "out.png"), "--runs", str(folder)])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    for command, out in (("keep", "file/out"), ("curves", "file/c.png"), ("curves", "c.nothing")):
+        with pytest.raises(SystemExit, match="cannot write") as caught:
+            report.main([command, str(tmp_path / out), "--runs", str(folder)])
+        assert "\n" not in str(caught.value)
 
 
 def test_two_runs_of_one_seed_are_not_kept_over_each_other(tmp_path):

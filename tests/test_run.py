@@ -1,9 +1,11 @@
 """benchmarks/run.py: what is run, skipped, resumed and refused with toy scripts, every suite against the real flags."""
 
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,6 +181,57 @@ def test_runs_stop_when_their_runner_dies(toy, tmp_path):
     assert len(steps_of(folder.parent)) < 300
 
 
+@pytest.fixture()
+def three_cores(monkeypatch):
+    """Three cores to pin to, under numbers that no other test's runner has."""
+    cores = [10**7 + 10 * os.getpid() + i for i in range(3)]
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda process: set(cores))
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 0)
+    return cores
+
+
+def test_a_second_runner_pins_to_cores_that_the_first_left(three_cores, toy, tmp_path):
+    a, b, c = three_cores
+
+    def cores_of(runner):
+        return [cores for _, cores in runner.slots]
+
+    first = run.Local(options(toy, tmp_path, slots=1, threads=2))
+    assert cores_of(first) == [{a, b}] and "another runner" not in first.words
+    second = run.Local(options(toy, tmp_path))  # as many as are left
+    assert cores_of(second) == [{c}] and "another runner" not in second.words
+    third = run.Local(options(toy, tmp_path, slots=2))
+    assert cores_of(third) == [{a}, {b}] and third.words.endswith(f"sharing cores {a}, {b} with another runner")
+    first.close()
+    fourth = run.Local(options(toy, tmp_path, slots=3))  # more than are left: its own first
+    assert cores_of(fourth) == [{a}, {b}, {c}] and fourth.words.endswith(f"sharing cores {c} with another runner")
+    for runner in (second, third, fourth):
+        runner.close()
+    assert list(run.claim(three_cores)) == three_cores
+
+
+def test_the_cores_of_a_runner_that_was_killed_are_free(three_cores):
+    def hold(ready):
+        held = run.claim(three_cores)
+        ready.set()
+        time.sleep(60 if held else 0)
+
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=hold, args=(ready := fork.Event(),))
+    process.start()
+    assert ready.wait(20) and not run.claim(three_cores)
+    process.kill()
+    process.join()
+    assert list(run.claim(three_cores)) == three_cores
+
+
+def test_a_dry_run_holds_no_cores_while_it_measures(three_cores, toy, tmp_path, monkeypatch):
+    free = []
+    monkeypatch.setattr(run, "estimate", lambda *_: free.extend(run.claim(three_cores)) or (1.0, 1.0, 1.0, "as said"))
+    run.main(["--scripts", str(toy), "--results", str(tmp_path / "results"), "--dry-run"])
+    assert free == three_cores
+
+
 def test_two_suites_share_a_folder_and_wait_for_each_other(toy, tmp_path):
     """A job that another runner holds is not started twice; when that one has finished it, it counts as finished."""
     opts = options(toy, tmp_path, slots=1)
@@ -227,6 +280,37 @@ def test_ray_resumes_what_a_dead_worker_left(how, toy, tmp_path, monkeypatch):
     assert (killed / "log.txt").read_text().count("--resume") == 1
 
 
+def test_ray_shows_what_it_queues_and_refuses_what_no_machine_has(toy, tmp_path, monkeypatch, capsys):
+    """On Ray: two runs that want all cores each, of which one waits; and one that wants GPUs which are not there."""
+    pytest.importorskip("ray")
+    for name in ("RAY_raylet_start_wait_time_s", "RAY_gcs_rpc_server_reconnect_timeout_s"):
+        monkeypatch.setenv(name, "120")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    opts = options(toy, tmp_path, "pause=0.3", seeds=(1, 2), ray="local", gpus=0.0, threads=os.cpu_count())
+    shown = []
+    monkeypatch.setattr(run.Table, "draw", lambda table: shown.append(table.lines()))
+    folders, state = start(opts)
+    assert len(state.finished) == 2
+    one_each = [lines for lines in shown if lines[-1].startswith("0 finished, 1 running, 0 waiting, 1 queued in Ray")]
+    assert one_each and all(len(lines) == 3 for lines in one_each)  # the heading, the one that runs, and the counts
+    assert max(int(lines[-1].split(" running")[0].split()[-1]) for lines in shown) == 1  # never two
+    assert f"queued, to be started: {folders[1].name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no machine of the cluster has 1 CPUs and 99 GPUs for a run, there are: "):
+        start(dataclasses.replace(opts, gpus=99.0, threads=1, seeds=(3,)))
+
+
+def test_a_dead_address_of_ray_is_one_line(toy, tmp_path):
+    pytest.importorskip("ray")
+    with socket.socket() as free:  # a port at which nobody answers
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        began = time.monotonic()
+        for text in (address, f"ray://{address}"):
+            with pytest.raises(SystemExit, match=rf"^error: --ray {text} cannot be reached .*ray start --head$"):
+                start(options(toy, tmp_path, ray=text))
+        assert time.monotonic() - began < 15
+
+
 def test_without_ray_there_is_one_line(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match="pip install -r requirements-cluster.txt"):
@@ -244,6 +328,22 @@ def test_every_suite_parses_against_the_real_flags(name, size):
     assert jobs or missing
     for job in jobs:
         assert job.name == run.Job("x", job.script, job.task, job.seed, job.flags).name
+
+
+@pytest.mark.parametrize("name", ["table1", "figure3", "figure18"])
+def test_dqls_eta_is_each_tasks_own(name):
+    """As PA-RL's appendix B.2 has it (the paper's text: "We chose eta = 11 for large-diverse, ..."), and a flag's."""
+    tasks = tuple(task for task in suites.DQL_ETA if task not in AWAITED)
+    jobs, _ = run.jobs_of(run.Options(suite=name, size="paper", tasks=tasks, seeds=(1,)))
+    found = {job.task: run.resolved(job.script, job.task, job.flags).eta for job in jobs if job.label == "DQL"}
+    maze = {"medium-play": 7, "medium-diverse": 9, "large-play": 15, "large-diverse": 11}
+    kitchen = dict.fromkeys(("complete", "partial", "mixed"), 0.005)
+    assert found == {f"antmaze-{k}-v2": v for k, v in maze.items()} | {f"kitchen-{k}-v2": v for k, v in kitchen.items()}
+    assert not [job for job in jobs if job.label != "DQL" and "eta" in dict(job.flags)]
+    asked = run.Options(suite=name, size="paper", tasks=tasks[:1], seeds=(1,), only="DQL", flags=("eta=3",))
+    assert [run.resolved(job.script, job.task, job.flags).eta for job in run.jobs_of(asked)[0]] == [3]
+    laptop, _ = run.jobs_of(run.Options(suite=name, only="DQL", seeds=(1,)))
+    assert [job.name.split("__")[2] for job in laptop] == ["preset"]
 
 
 def test_what_is_awaited_is_not_there():
@@ -267,6 +367,12 @@ def test_what_is_awaited_is_not_there():
         ("--scripts parl_diffusion_calql.py --flags num-keep=9", ("--num-keep 9", "at most --num-samples (8)")),
         ("--scripts parl_diffusion_calql.py --slots -1", ("--slots",)),
         ("--scripts parl_diffusion_calql.py --slots 99999", ("--slots",)),
+        ("--scripts parl_diffusion_calql.py --seeds 1 -1", ("--seeds -1", "at least 0")),
+        ("--suite table1 --seeds 4294967296", ("--seeds 4294967296", "at most 4294967295")),
+        ("--scripts parl_diffusion_calql.py --flags seed=3", ("--flags seed", "--seeds")),
+        ("--scripts parl_diffusion_calql.py --flags env_id=pointmaze-medium-v0", ("--flags env-id", "--tasks")),
+        ("--suite table1 --flags cql-actions=3", ("--flags", "idql.py has no --cql-actions", "--only")),
+        ("--suite table1 --flags nonsense=3 --dry-run", ("parl_diffusion_calql.py has no --nonsense",)),
     ],
 )
 def test_what_cannot_be_run_is_one_line(flags, words, tmp_path):
@@ -275,6 +381,52 @@ def test_what_cannot_be_run_is_one_line(flags, words, tmp_path):
     message = str(stopped.value)
     assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
     assert not (tmp_path / "results").exists()
+
+
+def test_a_flag_that_only_some_methods_have_is_for_those_named_with_only():
+    jobs, missing = run.jobs_of(run.Options(suite="table1", flags=("cql-actions=3",), only="Cal-QL"))
+    assert {job.label for job in jobs} == {"PA-RL + Cal-QL", "Cal-QL (Gaussian)"} and not missing
+    assert all(("cql-actions", "3") in job.flags for job in jobs)
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_place_that_cannot_hold_the_runs_is_one_line(dry, toy, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/results"):
+        with pytest.raises(SystemExit, match=r"^error: --results .*file is a file; name a folder$"):
+            run.main(["--scripts", str(toy), "--results", str(tmp_path / place), *dry])
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(toy, tmp_path, monkeypatch):
+    def refuse(path, **how):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run.pathlib.Path, "mkdir", refuse)  # root, who may run the tests, may write anywhere
+    with pytest.raises(SystemExit, match=r"^error: --results .*Permission denied"):
+        run.main(["--scripts", str(toy), "--results", str(tmp_path / "results")])
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit, match=r"^error: --results .*cannot be written to"):
+        run.main(["--scripts", str(toy), "--results", str(tmp_path / "results"), "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "holds no metrics.csv"), (b"phase,seconds\nonline,1", "truncated"), (b"phase,seconds\na,x\n", "no number")],
+)
+def test_an_estimate_from_a_damaged_run_is_one_line(content, words, toy, tmp_path):
+    opts = options(toy, tmp_path)
+    (finished,), _ = start(opts)
+    (metrics,) = finished.glob("*/metrics.csv")
+    metrics.unlink() if content is None else metrics.write_bytes(content)
+    with pytest.raises(SystemExit, match=words) as stopped:
+        run.main(["--scripts", str(toy), "--results", str(opts.results), "--seeds", "2", "--dry-run"])
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_row_that_is_being_written_is_not_read_yet(tmp_path):
+    (tmp_path / "a-run").mkdir()
+    (tmp_path / "a-run/metrics.csv").write_text("phase,step,success_rate\nonline,3,0.25\nonline,4,0.5e-")
+    assert run.progress_of(tmp_path) == {"phase": "online", "step": "3", "seconds": "", "success": "0.25"}
 
 
 def test_an_estimate_counts_all_steps_of_a_chunk(monkeypatch):

@@ -1,9 +1,13 @@
 """Tables of many runs: intervals against cases worked out by hand and rliable, what is counted, what is refused."""
 
 import csv
+import dataclasses
 import html.parser
 import json
 import pathlib
+import re
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -152,6 +156,14 @@ def test_tables_curves_and_a_page(tmp_path):
         assert (tmp_path / f"out/curves-{over}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_pages_command_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
+    arguments = ["tables", str(tmp_path / "out"), "--html", "--runs", f"PA-RL + 'x'={write_run(tmp_path / 'a run')}"]
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    report.main()
+    made = re.search(r"<p>Made by: (.*)</p>", (tmp_path / "out/index.html").read_text())[1]
+    assert shlex.split(html.unescape(made)) == ["python", "-m", "benchmarks.report", *arguments]
+
+
 # --- what is refused ---
 @pytest.mark.parametrize(
     ("runs", "more", "message"),
@@ -219,6 +231,54 @@ def test_the_tables_of_the_readmes_are_current():
             assert report.with_table(text, name, make(ROOT / "benchmarks/results"), file) == text, (file, name)
     with pytest.raises(SystemExit, match="lost the markers"):
         report.with_table("no markers", "scripts", "", "README.md")
+
+
+@pytest.mark.parametrize("name", ["ablations", "baselines", "cube-single-chunk"])
+def test_the_tables_of_kept_runs_are_current(name):
+    """`python -m benchmarks.report readme` would change neither table.md, table.csv nor runs.csv."""
+    assert len(list((ROOT / "benchmarks/results").rglob("table.md"))) == 3  # a new one: name it above
+    folder = ROOT / "benchmarks/results" / name
+    for file, text in tables.made_again(folder, ROOT).items():
+        assert text == (folder / file).read_text(), f"{folder / file}: python -m benchmarks.report readme"
+
+
+def test_tables_made_again_are_those_that_were_made(tmp_path):
+    runs = [("b", write_run(tmp_path / "b", 2, 0.7)), ("a", write_run(tmp_path / "a", 1))]
+    tables.write(options(tmp_path / "out", runs, episodes=2))
+    made = {name: (tmp_path / "out" / name).read_text() for name in ("table.md", "table.csv", "runs.csv")}
+    assert tables.made_again(tmp_path / "out", ROOT) == made
+    rows = (tmp_path / "a/metrics.csv").read_text()
+    (tmp_path / "a/metrics.csv").write_text(rows.replace("0.8,80.0", "0.6,60.0"))  # the one that counts
+    again = tables.made_again(tmp_path / "out", ROOT)
+    assert "50.0 → 60.0" in again["table.md"] and "50.0 → 80.0" in made["table.md"]
+    assert [again[name] != text for name, text in made.items()] == [True] * 3
+
+
+def test_the_suites_of_a_run_are_those_that_name_it():
+    """By all settings that matter: of the data's actions distilled figure 6, of the rest not; an older run has none."""
+    folder = ROOT / "benchmarks/results/ablations/data-actions/seed1"
+    entry = tables.entry_of("a", folder)
+    assert tables.suites_of(entry) == ["figure6"]
+
+    def suites_with(seed=1, **changes):
+        return tables.suites_of(dataclasses.replace(entry, seed=seed, config=entry.config | changes))
+
+    assert suites_with(log_every=7, runs="/elsewhere", threads=9) == ["figure6"]
+    assert suites_with(seed=6) == suites_with(batch_size=65) == suites_with(script="parl_flow_calql") == []
+    assert "table1" in suites_with(distill_from="policy") and "figure6" in suites_with(distill_from="policy")
+    del entry.config["distill_from"]  # as before there was this flag: the policy's own
+    assert "table1" in tables.suites_of(entry)
+    assert tables.suites_of(dataclasses.replace(entry, task="nowhere-v0")) == []
+
+
+def test_a_runs_online_episodes_are_one_number_in_all_tables():
+    """The READMEs' tables, table.md and the settings; what RLPD acts before its first update is told apart."""
+    experiments = report.CUBE_MORE | report.BASELINES | report.ABLATIONS
+    for folder in (folder for name in experiments for folder in (ROOT / "benchmarks/results" / name).glob("seed*")):
+        config, (before, online) = report.read_run(folder)[0], report.online_episodes(folder)
+        assert (before, online) == (config.get("num_warmup_episodes", 0), config["num_online_episodes"]), folder
+    table = report.experiments_table(ROOT / "benchmarks/results", {"baselines/rlpd_gaussian": "RLPD"}, True)
+    assert "| 10 + 200 |" in table
 
 
 def test_a_suite_finds_the_runs_that_the_runner_made(tmp_path, capsys):

@@ -262,6 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(Args, PRESETS, argv)
     if min(args.episodes_per_round, args.num_epochs) < 1 or not args.min_std > 0:
         fail("--episodes-per-round and --num-epochs must be at least 1, --min-std above 0")
+    if left := args.num_online_episodes % args.episodes_per_round:
+        fail(f"--num-online-episodes {args.num_online_episodes} are not whole rounds of --episodes-per-round "
+             f"{args.episodes_per_round}: the last {left} would never act; make it a multiple")  # fmt: skip
     device, env, envs, dataset = set_up(args, make_env, load_dataset)
     obs_dim, action_dim = env.observation_space.shape[0], args.chunk * env.action_space.shape[0]
     buffer = ReplayBuffer(dataset, dataclasses.replace(args, num_samples=0), device)  # of the dataset alone

@@ -21,13 +21,14 @@ The first ten minutes: `denoise`, `dql_loss`, `critic_update` and `main`. Diffus
 replay buffer are those of `parl_diffusion_calql.py`, imported: PA-RL's authors ran the baseline in the same code.
 
 PA-RL's appendix B.2 searched eta for each task: 11 for antmaze-large-diverse, 15 large-play, 9 medium-diverse, 7
-medium-play, 0.005 for the kitchens; the presets have 11 and 0.005. It also picks the offline checkpoint of the
-second lowest denoising loss, which is not done here: the last one goes on. Our choices: Q is the ensemble's mean for
-the policy and the minimum of `target_subset` members for the target, HL-Gauss as in PA-RL (`--critic-loss mse` is
-Wang's), 10 samples at s' of which the best is backed up on mazes (as in Wang's max-Q-backup on AntMaze, but the best by
-the members' minimum, where Wang takes the minimum of each member's best), and to act the averaged policy's samples are
-weighed by the ensemble's mean. Wang trains both
-losses from the start; `--num-cloning-steps` clones first, as the laptop's presets do to begin where PA-RL begins.
+medium-play, 0.005 for the kitchens, 0.01 for calvin. The presets have 11 and 0.005; the suites of `benchmarks.run` give
+each task its own, by hand it is `--eta 15`. The paper also picks the offline checkpoint of the second
+lowest denoising loss, which is not done here: the last one goes on. Our choices: Q is the ensemble's mean for the
+policy and the minimum of `target_subset` members for the target, HL-Gauss as in PA-RL (`--critic-loss mse` is Wang's),
+10 samples at s' of which the best is backed up on mazes (as in Wang's max-Q-backup on AntMaze, but the best by the
+members' minimum, where Wang takes the minimum of each member's best), and to act the averaged policy's samples are
+weighed by the ensemble's mean. Wang trains both losses from the start; `--num-cloning-steps` clones first, as the
+laptop's presets do to begin where PA-RL begins.
 """
 
 import copy
