@@ -1,5 +1,6 @@
 """The Gaussian baselines: densities and losses against closed forms, loops by counting, runs stopped and resumed."""
 
+import importlib
 import json
 import math
 import pathlib
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from benchmarks.baselines import calql_gaussian, idql, parl_gaussian_calql, rlpd
 from benchmarks.baselines.calql_gaussian import TanhGaussianPolicy, calql_gaussian_loss
 from benchmarks.harness.runs import Run
 
+ROOT = pathlib.Path(__file__).parent.parent
 BASELINES = [idql, calql_gaussian, rlpd_gaussian, parl_gaussian_calql]
 TOY = (
     "--env-id pointmaze-umaze-v0 --dataset-size 600 --threads 1 --eval-episodes 2 --log-every 5 "
@@ -454,3 +457,10 @@ def test_a_stopped_baseline_says_how_to_go_on(tmp_path):
     assert line.endswith(f"to continue: python -m benchmarks.baselines.rlpd_gaussian --resume {folder}")
     command = json.loads((folder / "config.json").read_text())["provenance"]["command"]
     assert command.startswith("python -m benchmarks.baselines.rlpd_gaussian --env-id pointmaze-umaze-v0")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/baselines").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_compile_is_refused_where_nothing_is_compiled(path):
+    module, compiles = importlib.import_module(f"benchmarks.baselines.{path.stem}"), "compiled(" in path.read_text()
+    accepts = "yes" in typing.get_args(typing.get_type_hints(module.Args)["compile"])
+    assert accepts == compiles

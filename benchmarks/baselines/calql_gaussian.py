@@ -52,6 +52,7 @@ from parl_diffusion_calql import Critic, ReplayBuffer, gradient_step, td_target
 class Args(RunArgs):
     """Cal-QL with a tanh-Gaussian policy. Defaults shown are those of the preset in force."""
 
+    compile: Literal["auto", "no"] = "auto"  # nothing here is compiled
     # phases
     num_cloning_steps: int = 0  # phase 1: updates of the policy by likelihood before RL begins; 0: none
     num_offline_steps: int = 1_000_000  # phase 2: updates of critic and policy; 0: no offline phase

@@ -61,6 +61,7 @@ from parl_diffusion_calql import (
 class Args(RunArgs):
     """Cal-QL with the cross-entropy method. Defaults shown are those of the preset in force."""
 
+    compile: Literal["auto", "no"] = "auto"  # nothing here is compiled
     # phases
     num_cloning_steps: int = 300_000  # phase 1: updates of the policy; of no effect with random populations
     num_offline_steps: int = 1_000_000  # phase 2: updates of the critic; 0: no offline phase

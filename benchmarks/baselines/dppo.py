@@ -34,6 +34,7 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ from parl_diffusion_calql import DiffusionPolicy, ReplayBuffer, cloning_lr, poli
 class Args(RunArgs):
     """DPPO. Defaults shown are those of the preset in force."""
 
+    compile: Literal["auto", "no"] = "auto"  # nothing here is compiled
     # phases
     num_cloning_steps: int = 300_000  # phase 1: updates of the policy
     num_online_episodes: int = 100_000  # phase 3: episodes, in whole rounds; 0: cloning only

@@ -54,6 +54,7 @@ from parl_diffusion_calql import select_actions, td_target  # isort: skip
 class Args(RunArgs):
     """Diffusion Q-learning. Defaults shown are those of the preset in force."""
 
+    compile: Literal["auto", "no"] = "auto"  # nothing here is compiled
     # phases
     num_cloning_steps: int = 0  # phase 1: updates of the policy by the denoising loss alone; Wang: none
     num_offline_steps: int = 1_000_000  # phase 2: updates of critic and policy; 0: no offline phase

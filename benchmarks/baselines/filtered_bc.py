@@ -25,6 +25,7 @@ on batches of half data, half kept episodes.
 
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -42,6 +43,7 @@ from parl_diffusion_calql import DiffusionPolicy, ReplayBuffer, cloning_lr, poli
 class Args(RunArgs):
     """Iterated filtered behaviour cloning. Defaults shown are those of the preset in force."""
 
+    compile: Literal["auto", "no"] = "auto"  # nothing here is compiled
     # phases
     num_cloning_steps: int = 300_000  # phase 1: updates of the policy
     num_online_episodes: int = 1_000  # phase 3: episodes; 0: cloning only

@@ -49,6 +49,7 @@ from parl_diffusion_rlpd import Critic, ReplayBuffer, gradient_step, rlpd_loss, 
 class Args(RunArgs):
     """RLPD with a tanh-Gaussian policy. Defaults shown are those of the preset in force."""
 
+    compile: Literal["auto", "no"] = "auto"  # nothing here is compiled
     # phases
     num_warmup_episodes: int = 10  # phase 2: episodes of random actions before the first update
     num_online_episodes: int = 200  # phase 3: episodes
