@@ -258,7 +258,7 @@ def phases(script, net, args, case: dict, steps: int) -> list[Phase]:
               lambda climbed: cost.distill_flops(args, *sizes, steps, len(states), climbed),
               lambda: distill_round(script, net, args, steps)),
         Phase("online: distill + critic", "env step", steps,
-              lambda climbed: cost.online_flops(args, *sizes, steps, len(states), climbed),
+              lambda climbed: cost.online_flops(args, *sizes, steps, len(states), climbed, climbed),
               lambda: online_round(script, net, args, steps)),
         Phase("online: acting", "decision", 1, lambda climbed: cost.acting_flops(args, *sizes, 1, climbed),
               lambda: act(script, net, args, states[:1])),

@@ -75,7 +75,7 @@ def test_every_phase_that_climbs_counts_those_that_did():
         (lambda climbed: speed.cost.critic_update_flops(TINY, OBS, ACT, climbed), 8),
         (lambda climbed: speed.cost.acting_flops(TINY, OBS, ACT, 3, climbed), 3),
         (lambda climbed: speed.cost.distill_flops(TINY, OBS, ACT, 2, 100, climbed), 8),
-        (lambda climbed: speed.cost.online_flops(TINY, OBS, ACT, 2, 100, climbed), 24),
+        (lambda climbed: speed.cost.online_flops(TINY, OBS, ACT, 2, 100, climbed, climbed), 24),
     ):
         assert count(2) - count(1) == states * saved
     assert speed.cost.critic_update_flops(TINY, OBS, ACT, 2) == speed.cost.critic_update_flops(TINY, OBS, ACT)
