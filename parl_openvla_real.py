@@ -119,7 +119,7 @@ PRESETS: dict[str, dict] = {
         log_every=50, camera_size=112, max_steps=40, distill_ratio=0.5, distill_episodes=10,
         critic_image=56, encoder_width=16, encoder_blocks=(1, 1, 1), ensemble_size=2, critic_hidden=(128, 128),
         critic_lr=5e-4, batch_size=64, discount=0.95, target_tau=0.02, utd=5, sample_backup=True, use_proprio=True,
-        num_samples=8, num_keep=8, num_gradient_steps=0, greedy_rollouts=True, lora_rank=8, cache_batch=64),
+        num_samples=2, num_keep=2, num_gradient_steps=0, greedy_rollouts=True, lora_rank=8, cache_batch=64),
 }  # fmt: skip
 
 

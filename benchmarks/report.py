@@ -359,6 +359,20 @@ CUBE_MORE = CUBE | {
     "cube-single-chunk/chunk-5": "the same, offline only",
     "cube-single-chunk/chunk-1": "the same with `--chunk 1`",
 }
+VLA = {
+    "openvla-sim/eight-samples": "the best of eight samples",
+    "openvla-sim/eight-samples-tuning": "the same, the tuning seed",
+    "openvla-sim/more-online-tuning": "the tuning seed, other cloned weights, no distilling",
+    "openvla-sim/twelve-episodes": "an earlier preset: one update a step online, draws of equation 4.3",
+    "openvla-sim/more-distilling": "the same, five times the distilling at five times the rate",
+    "openvla-sim/400-episodes": "400 zero-shot episodes",
+    "openvla-sim/400-episodes-tuning": "the same, the tuning seed",
+}
+ANTMAZE = {
+    "antmaze-umaze-chunk-online": "`antmaze-umaze-v2`",
+    "antmaze-umaze-chunk": "the same, 32 candidates, offline only",
+    "antmaze-umaze-diverse-chunk": "`antmaze-umaze-diverse-v2`, 32 candidates, offline only",
+}
 BASELINES = {
     "baselines/parl_gaussian_calql": "PA-RL + Cal-QL with a Gaussian",
     "baselines/calql_gaussian": "Cal-QL, Gaussian",
@@ -408,6 +422,8 @@ GENERATED = {
         "baselines": lambda results: experiments_table(results, BASELINES, True),
         "ablations": lambda results: experiments_table(results, ABLATIONS, True),
         "cube": lambda results: experiments_table(results, CUBE_MORE, True),
+        "antmaze": lambda results: experiments_table(results, ANTMAZE, True),
+        "vla": lambda results: experiments_table(results, VLA, True),
     },
 }
 
