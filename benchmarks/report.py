@@ -362,6 +362,7 @@ CUBE_MORE = CUBE | {
 VLA = {
     "openvla-sim/eight-samples": "the best of eight samples",
     "openvla-sim/eight-samples-tuning": "the same, the tuning seed",
+    "openvla-sim/two-samples-tuning": "the best of two, the preset but for the number of episodes, the tuning seed",
     "openvla-sim/more-online-tuning": "the tuning seed, other cloned weights, no distilling",
     "openvla-sim/twelve-episodes": "an earlier preset: one update a step online, draws of equation 4.3",
     "openvla-sim/more-distilling": "the same, five times the distilling at five times the rate",
