@@ -35,12 +35,8 @@ class RobotArgs(RunArgs):
     robot_port: int = 5556  # and its port
     reward: str = "keyboard"  # on the real robot: the operator says, or a program `module:function`
     scene: str = "keyboard"  # there: the operator puts the objects in new places, or a program `module:function`
-    hz: float = (
-        0.0  # actions a second; 0: 3 on the real robot (the paper's, for a VLA), in simulation as fast as it goes
-    )
-    distractors: Literal["task", "always", "never", "online"] = (
-        "task"  # simulated; online: not before; task: the paper's
-    )
+    hz: float = 0.0  # actions a second; 0: 3 on the real robot (the paper's), in simulation as fast as it goes
+    distractors: Literal["task", "always", "never", "online"] = "task"  # in simulation; task: as the paper
     robot_node: str = ""  # Ray resource of the machine at the robot, whose loop runs there; empty: here
     # server
     serve: int = 0  # with --resume: do not train, answer OpenVLA's REST protocol on this port
