@@ -118,8 +118,8 @@ PRESETS: dict[str, dict] = {
         num_offline_steps=2_000, num_online_episodes=80, eval_episodes=50, num_offline_evals=1, num_online_evals=4,
         log_every=50, camera_size=112, max_steps=40, distill_ratio=0.5, distill_episodes=10,
         critic_image=56, encoder_width=16, encoder_blocks=(1, 1, 1), ensemble_size=2, critic_hidden=(128, 128),
-        critic_lr=5e-4, batch_size=64, discount=0.95, target_tau=0.02, utd=5, sample_backup=True, use_proprio=True,
-        num_samples=2, num_keep=2, num_gradient_steps=0, greedy_rollouts=True, lora_rank=8, cache_batch=64),
+        critic_lr=1e-3, batch_size=64, discount=0.95, target_tau=0.1, utd=5, sample_backup=True, use_proprio=True,
+        num_samples=8, num_keep=8, num_gradient_steps=0, greedy_rollouts=True, lora_rank=8, cache_batch=64),
 }  # fmt: skip
 
 
@@ -431,10 +431,10 @@ def random_shift(images, pad: int = 4):
     """Each image moved by up to `pad` pixels in both directions, its border repeated (DrQ): (B, C, H, W)."""
     B, C, H, W = images.shape
     move = torch.randint(-pad, pad + 1, (2, B, 1), device=images.device)
-    rows = (torch.arange(H, device=images.device) + move[0]).clamp(0, H - 1)[:, None, :, None]  # (B, 1, H, 1)
-    columns = (torch.arange(W, device=images.device) + move[1]).clamp(0, W - 1)[:, None, None]  # (B, 1, 1, W)
-    batch, channel = (torch.arange(n, device=images.device) for n in (B, C))
-    return images[batch[:, None, None, None], channel[:, None, None], rows, columns]
+    rows = (torch.arange(H, device=images.device) + move[0]).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=images.device) + move[1]).clamp(0, W - 1)  # (B, W)
+    pixels = (rows[:, :, None] * W + columns[:, None]).view(B, 1, H * W).expand(-1, C, -1)
+    return images.flatten(2).gather(2, pixels).view_as(images)
 
 
 class ResNetBlock(nn.Module):
