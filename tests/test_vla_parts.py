@@ -206,7 +206,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     refused(load, tmp_path, 32064, 0, words=("tokenizer.json", "another vocabulary", "19965", "19964"))
     for changed in ({f"word {i}": 40_000 + i for i in range(32_100)}, {"<robot>": 32_064}):
         write_tokenizer(tmp_path, **changed)
-        refused(load, tmp_path, 32064, 0, words=("tokenizer.json", "another vocabulary"))
+        refused(load, tmp_path, 32064, 0, words=("tokenizer.json", "another vocabulary", "go to", "32063"))
 
 
 def test_the_tiny_models_words_have_ids_of_their_own():

@@ -130,7 +130,9 @@ def load_tokenizer(folder: pathlib.Path | None, vocabulary: int, num_words: int)
     ids = tokenizer.encode(WORDS).ids
     if ids[:1] != [BOS]:
         fail(f"{path} puts no BOS before a text; without it OpenVLA does not understand what follows")
-    if ids != WORD_IDS or max(tokenizer.get_vocab().values()) >= vocabulary:
+    if (last := max(tokenizer.get_vocab().values())) >= vocabulary:
+        fail(f"{path} is of another vocabulary than the model's: its ids go to {last}, the model's to {vocabulary - 1}")
+    if ids != WORD_IDS:
         fail(f"{path} is of another vocabulary than Llama 2's: it writes {WORDS!r} as {ids}, not {WORD_IDS}")
     return lambda text: tokenizer.encode(text).ids
 
