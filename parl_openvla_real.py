@@ -851,12 +851,12 @@ def main(argv: list[str] | None = None) -> None:
         for i in range(args.num_zero_shot + run.progress["step"] if run.phase == "online" else 0):
             buffer.add(robot.read_episode(run, i))
         if run.phase == "offline":
-            successes = []
             for i in run.each("zero-shot", range(args.num_zero_shot)):
-                episode, success = robot.get_episode(env, act_policy, i, policy.version(), run)
-                buffer.add(episode)
-                successes.append(success)
-            robot.tell_zero_shot(run, successes)
+                buffer.add(robot.get_episode(env, act_policy, i, policy.version(), run)[0])
+            robot.tell_zero_shot(run)
+            if run.starts("offline"):  # our choice: Q begins at their mean return, to which it else falls first, from 0
+                for q_network in (critic, target_critic):
+                    nn.init.constant_(q_network.head_bias, buffer.mc_returns.mean().item())
 
         # Phase 2: train the critic on them (algorithm 2, lines 3 and 4), with candidates that are drawn once
         rows, arrivals = None, refresh(policy, buffer, run, pool)
