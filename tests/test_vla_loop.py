@@ -106,7 +106,8 @@ def notes(tmp_path_factory):
                     episodes = np.searchsorted(buffer.first_row, index.numpy(), side="right") - 1
                     note = dict(
                         rows=index.clone(), total=len(buffer.rewards), lr=optimizer.param_groups[0]["lr"],
-                        moments=len(optimizer.state), fresh={buffer.versions[e] == policy.version() for e in episodes},
+                        moments=len(optimizer.state), biases=[n.head_bias.tolist() for n in (critic, target)],
+                        fresh={buffer.versions[e] == policy.version() for e in episodes},
                     )  # fmt: skip
                 elif _name == "distill_lora":
                     parts["distill_buffer"] = args[3]
@@ -225,6 +226,14 @@ def test_images_are_kept_once_and_rewards_are_biased(notes):
     assert torch.allclose(buffer.mc_returns, torch.full_like(buffer.mc_returns, -1 / (1 - 0.9)))  # failed: for ever
     last = torch.arange(LENGTH, len(buffer.states), LENGTH + 1)
     assert buffer.action_at[last].isnan().all() and torch.equal(buffer.action_at[buffer.obs_index], buffer.actions)
+
+
+def test_the_critic_begins_once_at_the_zero_shot_episodes_mean_return(notes):
+    """And not at 0, from where its values would first have to fall together."""
+    biases = [note["biases"] for note, _ in named(notes, "critic_update")]
+    begin = [[[pytest.approx(-1 / (1 - 0.9))]]] * 3  # every episode failed, for ever
+    assert biases[0] == [begin, begin]
+    assert all(critic != begin for critic, _ in biases[1:]) and biases[OFFLINE] != biases[0]
 
 
 def test_the_critic_sees_fresh_candidates_of_all_episodes_there_are(notes):
