@@ -355,6 +355,7 @@ CUBE = {
 CUBE_MORE = CUBE | {
     "cube-single-chunk/rlpd_gaussian": "RLPD, Gaussian (not tuned)",
     "cube-single-chunk/filtered_bc": "iterated filtered cloning",
+    "cube-single-chunk/transformer-calql": "PA-RL + Cal-QL, transformer, one seed",
     "cube-single-chunk/iql-20000": "PA-RL + IQL, half the offline updates, the best candidate taught",
     "cube-single-chunk/chunk-5": "the same, offline only",
     "cube-single-chunk/chunk-1": "the same with `--chunk 1`",
