@@ -118,7 +118,7 @@ PRESETS: dict[str, dict] = {
         num_offline_steps=3_000, num_online_episodes=50, eval_episodes=50, num_offline_evals=1, num_online_evals=2,
         log_every=50, camera_size=112, max_steps=40, distill_batch_size=64, distill_ratio=0.03, distill_episodes=10,
         critic_image=56, encoder_width=16, encoder_blocks=(1, 1, 1), ensemble_size=2, critic_hidden=(128, 128),
-        critic_lr=1e-3, batch_size=64, discount=0.95, target_tau=0.1, utd=5, sample_backup=True, use_proprio=True,
+        critic_lr=5e-4, batch_size=64, discount=0.95, target_tau=0.05, utd=5, sample_backup=True, use_proprio=True,
         num_samples=8, num_keep=8, num_gradient_steps=0, greedy_rollouts=True, lora_rank=8, cache_batch=64),
 }  # fmt: skip
 
