@@ -361,11 +361,12 @@ CUBE_MORE = CUBE | {
     "cube-single-chunk/chunk-1": "the same with `--chunk 1`",
 }
 VLA = {
-    "openvla-sim/eight-samples": "the best of eight samples",
+    "openvla-sim/preset": "the preset",
+    "openvla-sim/eight-samples": "before, with a critic that begins at 0: the best of eight samples",
     "openvla-sim/eight-samples-tuning": "the same, the tuning seed",
-    "openvla-sim/two-samples-tuning": "the best of two, the preset but for the number of episodes, the tuning seed",
+    "openvla-sim/two-samples-tuning": "the best of two, the tuning seed",
     "openvla-sim/more-online-tuning": "the tuning seed, other cloned weights, no distilling",
-    "openvla-sim/twelve-episodes": "an earlier preset: one update a step online, draws of equation 4.3",
+    "openvla-sim/twelve-episodes": "one update a step online, draws of equation 4.3",
     "openvla-sim/more-distilling": "the same, five times the distilling at five times the rate",
     "openvla-sim/400-episodes": "400 zero-shot episodes",
     "openvla-sim/400-episodes-tuning": "the same, the tuning seed",
