@@ -225,11 +225,11 @@ def write_arrays(path: pathlib.Path, **arrays) -> None:
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; nothing is unpickled."""
+def read_arrays(path: pathlib.Path, *names: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, or those that are named; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            return {name: file[name] for name in names or file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         fail(f"{path} is damaged ({str(error).splitlines()[0]}); remove it and --resume, and it will be made anew")
 
@@ -283,7 +283,7 @@ def get_episode(env, act, number: int, version: str, run) -> tuple[dict[str, np.
 def tell_zero_shot(run) -> None:
     """The zero-shot episodes' success: a line, and a metric before the first update of phase 2."""
     number = run.args.num_zero_shot
-    rate = float(np.mean([bool(read_episode(run, i)["success"]) for i in range(number)]))
+    rate = float(np.mean([read_arrays(episode_file(run, i), "success")["success"] for i in range(number)]))
     print(f"zero-shot: success {rate:.0%} in {number} episodes")
     if "zero_shot_success" not in run.progress:  # a run that is resumed within phase 2 has the row
         run.progress["zero_shot_success"] = rate
