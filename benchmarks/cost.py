@@ -5,6 +5,8 @@ same counts. args are those of a script.
 """
 
 import math
+import pathlib
+import platform
 
 TIME_DIM = 128  # features of a denoising step or a time, as in `DiffusionPolicy` and `FlowPolicy`
 DAY = 24 * 3600.0
@@ -220,3 +222,12 @@ def duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def processor() -> str:
+    """The name of this machine's processor, or its kind where the system does not tell the name."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -16,7 +16,6 @@ import csv
 import json
 import os
 import pathlib
-import platform
 import re
 import shutil
 import sys
@@ -42,7 +41,7 @@ class Keep:
 
     out: tyro.conf.Positional[pathlib.Path]  # folder of one experiment, such as benchmarks/results/quickstart
     runs: list[pathlib.Path]  # folders of finished runs
-    machine: str = ""  # what they ran on, in words; empty: this machine's processor
+    machine: str = ""  # what they ran on, in words; empty: as the runs name it
     note: str = ""  # what else was running there, or anything a reader of the numbers must know
 
 
@@ -156,15 +155,6 @@ def label_and_folder(text: str) -> tuple[str, pathlib.Path]:
     fail(f"--runs {text}: no such folder; pass FOLDER or LABEL=FOLDER, the folder as the run's first lines name it")
 
 
-def processor() -> str:
-    """This machine in a few words."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def summary_of(folder: pathlib.Path) -> dict:
     """One run's entry of results.json: where it comes from, and the last evaluation of each of its phases."""
     config, rows = read_run(folder)
@@ -202,7 +192,8 @@ def keep(options: Keep) -> None:
     if len(set(seeds)) < len(seeds):
         fail(f"seeds {seeds}: one run for each seed, please; keep the others in another folder")
     episodes = read_run(entries[0][1])[0]["eval_episodes"]
-    document = {"machine": options.machine or processor(), "note": options.note, "eval_episodes": episodes}
+    machines = "; ".join(sorted({entry["machine"] for entry, _ in entries}))
+    document = {"machine": options.machine or machines, "note": options.note, "eval_episodes": episodes}
     document |= {"mean": means([entry for entry, _ in entries], episodes), "runs": [entry for entry, _ in entries]}
     try:
         for entry, folder in entries:

@@ -44,7 +44,6 @@ import inspect  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import pathlib  # noqa: E402
-import platform  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
 import statistics  # noqa: E402
@@ -609,12 +608,8 @@ def profile(options: Options, case: dict, device, rows: int = 12) -> None:
 
 def machine(options: Options, device) -> dict:
     """What it ran on."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    cpu = cost.processor()
     return {"cpu": cpu, "gpu": gpu, "cores": cores(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

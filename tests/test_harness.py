@@ -318,6 +318,7 @@ def test_a_run_goes_on_where_its_data_lies_now(tmp_path, monkeypatch):
 def test_printed_commands_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["a script.py", "--runs", "my runs; rm"])
     assert runs.provenance()["command"] == "python 'a script.py' --runs 'my runs; rm'"
+    assert runs.provenance()["machine"].startswith(f"{runs.processor()}, ")
 
 
 # --- WHERE TRAJECTORIES END ---

@@ -45,6 +45,8 @@ def test_kept_results_say_what_was_reached_and_how(tmp_path, capsys):
     assert document["runs"][1]["after online RL"] == {"success_rate": 0.2, "seconds": 6.0}
     assert (tmp_path / "out/seed2/metrics.csv").read_text() == (runs[0] / "metrics.csv").read_text()
     assert "| 2 | 10% (0 s) | 50% (3 s) | 20% (6 s) |" in capsys.readouterr().out
+    report.keep(report.Keep(tmp_path / "said by the runs", runs))  # whatever machine this is
+    assert json.loads((tmp_path / "said by the runs/results.json").read_text())["machine"] == "m"
 
 
 def test_curves_stand_where_the_evaluations_were(tmp_path):

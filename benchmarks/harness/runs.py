@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from benchmarks.cost import forecast, phase_flops
+from benchmarks.cost import forecast, phase_flops, processor
 from benchmarks.harness.cli import fail, in_one_line, script_name
 from benchmarks.harness.datasets import fingerprint, trajectory_ends
 from benchmarks.harness.rollouts import SimulationDied, close, evaluate
@@ -332,7 +332,7 @@ def provenance() -> dict[str, str]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": shlex.join(["python", *(PROGRAM or sys.argv[:1]), *sys.argv[1:]]), "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, {platform.system()}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {gpu}, {platform.system()}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, gymnasium {gym.__version__}",
     }  # fmt: skip
 
