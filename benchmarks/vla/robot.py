@@ -296,26 +296,28 @@ def finish_run(run, env, make_robot, act, policy, critic) -> None:
     zero_shot, total = run.args.num_zero_shot, run.args.num_zero_shot + run.args.num_online_episodes
     numbers = {n: "zero-shot" for n in range(min(3, zero_shot))} | {n: "online" for n in range(total)[zero_shot:][-3:]}
     strips = [(f"{kind}, episode {n + 1}", read_episode(run, n)) for n, kind in numbers.items()]
-    draw_filmstrip(run.folder / "filmstrip.png", strips, run.args.critic_image)
+    draw_filmstrip(run.folder / "filmstrip.png", policy.instruction, strips, run.args.critic_image)
 
 
-def draw_filmstrip(path: pathlib.Path, strips: list[tuple[str, dict]], critic_size: int, frames: int = 9) -> None:
-    """A row for each titled episode, as `read_episode` gives them: some of its images, from the first to the last."""
+def draw_filmstrip(path: pathlib.Path, instruction: str, strips: list[tuple[str, dict]], critic_size: int) -> None:
+    """A row for each titled episode, as `read_episode` gives them: nine of its images, from the first to the last."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     size = round(((strips[0][1]["obs"].shape[1] - 28) / 3 - critic_size**2) ** 0.5)
-    figure, axes = plt.subplots(len(strips), frames, figsize=(1.2 * frames, 1.4 * len(strips)), squeeze=False)
+    height = 1.4 * len(strips) + 0.2  # inches
+    figure, axes = plt.subplots(len(strips), 9, figsize=(1.2 * 9, height), squeeze=False)
+    figure.suptitle(f"“{instruction}”", x=0.005, y=1 - 0.03 / height, ha="left", va="top", fontsize=9)
     for row, (title, episode) in zip(axes, strips):
-        steps = np.linspace(0, len(episode["obs"]) - 1, frames).round().astype(int)
+        steps = np.linspace(0, len(episode["obs"]) - 1, len(row)).round().astype(int)
         images = unpack(torch.as_tensor(episode["obs"][steps]), size, critic_size)[0]
         for ax, image in zip(row, images):
             ax.imshow(image.permute(1, 2, 0))
             ax.set_axis_off()
         how = "success" if episode["success"] else "failure"
         row[0].set_title(f"{title}: {how} after {steps[-1]} steps", fontsize=8, loc="left", pad=2)
-    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.15 / len(strips), 0.03, 0.2)
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.4 / height, 0.03, 0.2)
     write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
