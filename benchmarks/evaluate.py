@@ -6,11 +6,12 @@
 
 The networks are built, and the actions chosen, by the run's own script: its `main` is called with a harness that reads
 the weights from checkpoint.pt and trains nothing. So this file knows no policy and no critic, and serves every script
-that calls `set_up`, `Run` and `finish`. Nothing in the run's folder changes but evaluation.json, which gets one entry
-more, and videos/.
+that calls `set_up`, `Run` and `finish`, or of a simulated robot `robot.set_up_robot`, `Run` and `robot.finish_run`.
+Nothing in the run's folder changes but evaluation.json, which gets one entry more, and videos/.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import pathlib
@@ -76,6 +77,24 @@ def load_checkpoint(folder: pathlib.Path) -> dict:
 
 
 # --- A HARNESS THAT TRAINS NOTHING: what a script's main asks for, under the names that it imported ---
+def use(options: Options, args) -> None:
+    """Put into a run's arguments what is asked for now."""
+    args.env_id, args.eval_episodes, args.capture_video = options.task or args.env_id, options.episodes, options.video
+    args.eval_seed = args.eval_seed if options.eval_seed < 0 else options.eval_seed
+    args.track, args.compile = False, "no"
+
+
+def set_up_simulated_robot(set_up_robot, check_flags, args, *sizes, options: Options):
+    """As `set_up_robot` of benchmarks/vla: the robot, several of them, and the function that makes one."""
+    use(options, args)
+    if args.env_id == "widowx-real":
+        cli.fail("a real robot is not evaluated again by itself: --resume RUN --serve PORT acts with what it learned")
+    check_flags(args)
+    cli.check_args(args)
+    torch.manual_seed(args.eval_seed)  # the same call draws the same
+    return set_up_robot(args, *sizes)
+
+
 def set_up_without_data(args, make_env, load_dataset, options: Options):
     """As `datasets.set_up`: device, environment, a vector of them, and a made-up trajectory instead of the dataset."""
     env_id = options.task or args.env_id
@@ -87,9 +106,7 @@ def set_up_without_data(args, make_env, load_dataset, options: Options):
     if was != now:
         cli.fail(f"--task {env_id} observes {now[0]} and acts in {now[1]}, but the run's task {args.env_id} observes "
                  f"{was[0]} and acts in {was[1]}: its policy does not fit")  # fmt: skip
-    args.env_id, args.eval_episodes, args.capture_video = env_id, options.episodes, options.video
-    args.eval_seed = args.eval_seed if options.eval_seed < 0 else options.eval_seed
-    args.track, args.compile = False, "no"
+    use(options, args)
     cli.check_args(args)
     rollouts.check_optional_parts(args, make_env)
     device, envs = cli.start_torch(args), rollouts.make_vector_env(args, make_env)
@@ -111,7 +128,7 @@ class LoadedRun(contextlib.nullcontext):
         self.args, self.device, self.folder = args, buffer.states.device, pathlib.Path(args.resume)
         self.progress, self.acts, self.envs = state["progress"], {}, None
         for name, module in modules.items():
-            if isinstance(module, torch.nn.Module):
+            if not isinstance(module, torch.optim.Optimizer):
                 try:
                     module.load_state_dict(state["modules"][name])
                 except (KeyError, RuntimeError) as error:
@@ -132,8 +149,6 @@ class LoadedRun(contextlib.nullcontext):
 def evaluate(options: Options) -> dict:
     """Evaluate as the options say. Returns the entry that evaluation.json got: what was measured, and how."""
     module, config = script_of(options.run)
-    if not hasattr(module, "set_up"):  # a VLA's: no harness of this kind
-        cli.fail(f"{config['script']}.py cannot be evaluated again: it has no dataset; see its --eval-episodes")
     state, path = load_checkpoint(options.run), options.run / "evaluation.json"
     reached, entries, result = state["progress"]["phase"], [], {}
     if path.exists():
@@ -141,6 +156,9 @@ def evaluate(options: Options) -> dict:
             entries = list(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             cli.fail(f"{path} is no list of evaluations: move it away")
+    robot, here = getattr(module, "robot", None), []  # of a VLA
+    if robot and reached == "cloning" and config["checkpoint"] == "tiny":
+        cli.fail(f"{options.run} has not cloned its policy yet: --resume it first")
     if reached != "done":
         print(f"{options.run} is not finished: its checkpoint is of phase {reached}, step {state['progress']['step']}")
 
@@ -155,19 +173,24 @@ def evaluate(options: Options) -> dict:
         if options.video:
             rollouts.film(run, make_env, act)
 
-    ours = {
-        "set_up": lambda args, make_env, load_dataset: set_up_without_data(args, make_env, load_dataset, options),
-        "Run": lambda *args, **modules: LoadedRun(state, *args, **modules),
-        "finish": measure,
-    }
-    theirs = {name: getattr(module, name) for name in ours}
+    ours = [(module, "Run", functools.partial(LoadedRun, state))]
+    if robot:
+        again = functools.partial(set_up_simulated_robot, robot.set_up_robot, robot.check_flags, options=options)
+        ours += [(robot, "set_up_robot", again), (robot, "finish_run", measure)]
+        ours += [(robot, "tell_stale_cache", lambda run, version: None)]  # no candidates of the cache are used
+        here = ["--num-cache-workers", "0", "--ray", "", "--robot-node", ""]
+    else:
+        ours += [(module, "set_up", functools.partial(set_up_without_data, options=options))]
+        ours += [(module, "finish", measure)]
+    theirs = [(place, name, getattr(place, name)) for place, name, _ in ours]
     try:
-        for name, function in ours.items():
-            setattr(module, name, function)
-        module.main(["--resume", str(options.run), "--device", options.device, "--threads", str(options.threads)])
+        for place, name, function in ours:
+            setattr(place, name, function)
+        how = ["--device", options.device, "--threads", str(options.threads)]
+        module.main(["--resume", str(options.run), *how, *here])
     finally:
-        for name, function in theirs.items():
-            setattr(module, name, function)
+        for place, name, function in theirs:
+            setattr(place, name, function)
     args, successes = result["args"], round(result["success_rate"] * options.episodes)
     low, high = binomtest(successes, options.episodes).proportion_ci(0.95, "wilson")
     entry = {

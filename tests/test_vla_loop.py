@@ -1,6 +1,7 @@
 """What `main` of parl_openvla_real.py does with the tested parts, on a made-up robot; its cache, its resuming."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -21,6 +22,8 @@ pytest.importorskip("peft", reason=f"adapters are peft's: {INSTALL}")
 pytest.importorskip("safetensors", reason=f"weights are safetensors: {INSTALL}")
 
 import parl_openvla_real as script  # noqa: E402
+from benchmarks import evaluate  # noqa: E402
+from benchmarks.harness import rollouts  # noqa: E402
 from benchmarks.vla import checkpoint as files  # noqa: E402
 from benchmarks.vla import robot, workers  # noqa: E402
 from tests.test_end_to_end import assert_same_checkpoint, rows_of  # noqa: E402
@@ -680,6 +683,60 @@ def test_serving_what_a_finished_run_has_learned(notes, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="error: .*checkpoint.pt cannot be read") as stopped:
         script.main(["--resume", str(damaged), "--serve", "8123"])
     assert "\n" not in str(stopped.value)
+
+
+def test_a_finished_run_is_evaluated_again_as_it_acted(monkeypatch, tmp_path, capsys):
+    """By benchmarks/evaluate.py: the run's adapters and critic, the tasks' starts, nothing trained or changed."""
+    stand_in(monkeypatch)
+    acted, measured, seeds, finish, measure = [], [], [], robot.finish_run, rollouts.evaluate
+    obs = np.random.default_rng(0).integers(0, 256, (5, 3 * (28**2 + 20**2) + 28)).astype(np.float32)
+    obs[:, -28:] = 0  # proprio: numbers, of which some random bytes are none
+
+    def noted(run, env, make_robot, act, policy, critic):
+        acted.append(decision(act))
+        finish(run, env, make_robot, act, policy, critic)
+
+    def decision(act):
+        torch.manual_seed(5)
+        return act(torch.as_tensor(obs)).tolist()
+
+    def measuring(envs, act, run):
+        measured.append(decision(act))
+        return measure(envs, act, run)
+
+    monkeypatch.setattr(robot, "finish_run", noted)
+    script.main([*FLAGS, "--num-cache-workers", "0", "--runs", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_cache_workers": 3, "ray": "nowhere:1"}))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(rollouts, "evaluate", measuring)
+    reset = MadeUpRobot.reset
+    monkeypatch.setattr(MadeUpRobot, "reset", lambda self, **kw: seeds.append(kw.get("seed")) or reset(self, **kw))
+    how = ["--episodes", "3", "--threads", "1", "--eval-seed", "7"]
+    with monkeypatch.context() as patch:  # envs in this process, whose resets are seen here
+        patch.setattr(robot, "make_vector_env", lambda args, make: gym.vector.SyncVectorEnv([lambda: make("x")] * 3))
+        evaluate.main([str(folder), *how])
+        evaluate.main([str(folder), *how, "--policy", "cloned"])
+    assert measured[0] == acted[0] and measured[1] != acted[0]
+    assert [seed for seed in seeds if seed is not None] == 2 * [7, 8, 9]
+    assert robot.finish_run is noted and script.Run.__name__ == "Run"  # all is as it was
+    entries = json.loads((folder / "evaluation.json").read_text())
+    assert [(e["policy"], e["episodes"]) for e in entries] == [("optimized", 3), ("cloned", 3)]
+    (folder / "evaluation.json").unlink()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert "95 % interval" in capsys.readouterr().out
+    for flags, match in {
+        ("--task", "widowx-real"): "a real robot is not evaluated again",
+        ("--task", "pointmaze-umaze-v0"): "a VLA needs a camera",
+        ("--episodes", "0"): "--eval-episodes 0 must be at least 1",
+    }.items():
+        with pytest.raises(SystemExit, match=match):
+            evaluate.main([str(folder), *how, *flags])
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"progress": state["progress"] | {"phase": "cloning"}}, folder / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="has not cloned its policy yet"):
+        evaluate.main([str(folder), *how])
 
 
 def test_on_the_real_robot_nothing_is_evaluated_beside_its_own_episodes(notes, monkeypatch, tmp_path):
