@@ -352,7 +352,8 @@ CUBE_MORE = CUBE | {
     "cube-single-chunk/chunk-1": "the same with `--chunk 1`",
 }
 VLA = {
-    "openvla-sim/preset": "the preset",
+    "openvla-sim/newcomer": "the preset, as a newcomer runs it, seeds 4 to 6",
+    "openvla-sim/preset": "the preset, from weights cloned before, seeds 1 to 3",
     "openvla-sim/eight-samples": "before, with a critic that begins at 0: the best of eight samples",
     "openvla-sim/eight-samples-tuning": "the same, the tuning seed",
     "openvla-sim/two-samples-tuning": "the best of two, the tuning seed",
