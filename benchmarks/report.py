@@ -338,6 +338,7 @@ def default_task_table(results: pathlib.Path) -> str:
 CUBE = {
     "cube-single-chunk/flow-calql": "PA-RL + Cal-QL, flow policy",
     "cube-single-chunk/diffusion-calql": "PA-RL + Cal-QL",
+    "cube-single-chunk/transformer-calql": "PA-RL + Cal-QL, transformer",
     "cube-single-chunk/diffusion-rlpd": "PA-RL + RLPD",
     "cube-single-chunk": "PA-RL + IQL",
     "cube-single-chunk/idql": "for comparison: IDQL",
@@ -346,7 +347,6 @@ CUBE = {
 CUBE_MORE = CUBE | {
     "cube-single-chunk/rlpd_gaussian": "RLPD, Gaussian (not tuned)",
     "cube-single-chunk/filtered_bc": "iterated filtered cloning",
-    "cube-single-chunk/transformer-calql": "PA-RL + Cal-QL, transformer, one seed",
     "cube-single-chunk/iql-20000": "PA-RL + IQL, half the offline updates, the best candidate taught",
     "cube-single-chunk/chunk-5": "the same, offline only",
     "cube-single-chunk/chunk-1": "the same with `--chunk 1`",
