@@ -584,7 +584,7 @@ def redraw_cache(policy, buffer, first, args: Args, run, size: int = 256) -> Non
     parts = torch.arange(first // size * size, len(buffer.states), device=buffer.device).split(size)
     for k, states in enumerate(parts if first else run.each("caching", parts), first // size):
         with torch.random.fork_rng():
-            torch.manual_seed(args.seed * 100_003 + k)
+            torch.manual_seed(args.seed + 100_003 * k)
             refresh_candidates(policy, buffer, states)
 
 
@@ -689,7 +689,7 @@ def main(argv: list[str] | None = None) -> None:
         # Phase 2: train the critic (algorithm 2, lines 3 and 4). The policy is frozen: its candidates are drawn once
         cached = args.distill_episodes > 1  # online, too
         if run.phase == "offline" and args.num_offline_steps or run.phase != "done" and cached:
-            redraw_cache(ema_policy, buffer, 0, args, run)
+            redraw_cache(ema_policy, buffer, 0, args, run, size=256 if cached else 2**14)
         for step in run.steps("offline", args.num_offline_steps, envs, act_optimized, args.num_offline_evals):
             index = buffer.sample_index((1, args.batch_size))[0]
             info = update_critic(critic, target_critic, critic_optimizer, buffer, index, args)
