@@ -19,7 +19,7 @@ eq. 4.2       gradient ascent on the action     | local_optimization
 alg. 1        action optimization               | optimize_actions
 eq. 4.3       which optimized action to take    | select_actions
 eq. 3.3       Cal-QL: TD + calibrated penalty   | td_target, calql_loss, monte_carlo_returns
-app. E        cache of candidates               | refresh_candidates, redraw_cache
+app. E        cache of candidates               | refresh_candidates
 eq. 4.4       dataset of optimized actions      | distill
 app. B.1      argmax or samples                 | choose_greedy_distillation
 alg. 2        line 1 / 3-4 / 5-8                | main: phases 1 / 2 / 3
@@ -108,7 +108,6 @@ class Args(RunArgs):
     distill_mixed: bool = False  # distil on such batches (release, from images), not uniformly over all states
     utd: float = 1.0  # critic updates per environment step, online
     distill_ratio: float = 1.0  # distilling updates per environment step
-    distill_episodes: int = 1  # episodes before each distilling; if more, the cache is then redrawn whole (appendix E)
 
 
 # What a task family changes. Of the defaults the paper (appendix B.1) gives k, m, T, the step and the policy's network,
@@ -582,19 +581,6 @@ def refresh_candidates(policy, buffer, states) -> None:
         buffer.candidates[index] = sample_on_all_cores(policy, buffer.states[index], buffer.candidates.shape[1])
 
 
-# --- CACHE ---
-def redraw_cache(policy, buffer, first, args: Args, run, size: int = 256) -> None:
-    """Refresh all states from the one with index `first` on, `size` at a time, each time with a seed of their own.
-
-    So a resumed run has the cache that the stopped one had. What is before `first` in its part is drawn once more.
-    """
-    parts = torch.arange(first // size * size, len(buffer.states), device=buffer.device).split(size)
-    for k, states in enumerate(parts if first else run.each("caching", parts), first // size):
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed + 100_003 * k)
-            refresh_candidates(policy, buffer, states)
-
-
 # --- DISTILLATION ---
 def distill(policy, ema_policy, optimizer, critic, buffer, num_updates, greedy, args: Args, sampler=None):
     """Section 4.2: annotate states, uniform over the buffer, with optimized actions (equation 4.4), then clone those.
@@ -694,9 +680,11 @@ def main(argv: list[str] | None = None) -> None:
             run.log({"policy_loss": loss}, every=args.log_every)
 
         # Phase 2: train the critic (algorithm 2, lines 3 and 4). The policy is frozen: its candidates are drawn once
-        cached = args.distill_episodes > 1  # online, too
-        if run.phase == "offline" and args.num_offline_steps or run.phase != "done" and cached:
-            redraw_cache(ema_policy, buffer, 0, args, run, size=256 if cached else 2**14)
+        if run.phase == "offline" and args.num_offline_steps:
+            with torch.random.fork_rng():  # so that a resumed run draws the same
+                torch.manual_seed(args.seed)
+                for part in run.each("caching", torch.arange(len(buffer.states), device=device).split(2**14)):
+                    refresh_candidates(ema_policy, buffer, part)
         for step in run.steps("offline", args.num_offline_steps, envs, act_optimized, args.num_offline_evals):
             index = buffer.sample_index((1, args.batch_size))[0]
             info = update_critic(critic, target_critic, critic_optimizer, buffer, index, args)
@@ -713,18 +701,13 @@ def main(argv: list[str] | None = None) -> None:
         greedy = choose_greedy_distillation(args, q_stds)
         for i in run.steps("online", args.num_online_episodes, envs, act_optimized, args.num_online_evals, "episode"):
             episode, success = collect_episode(env, act_optimized, args.seed * 100_003 + i, run)
-            known = len(buffer.states)
             buffer.add(episode)
-            taught = 0 if (i + 1) % args.distill_episodes else sum(map(len, buffer.data[-args.distill_episodes :]))
-            num_distill, num_critic = round(taught * args.distill_ratio), round(len(episode) * args.utd)
+            num_distill, num_critic = round(len(episode) * args.distill_ratio), round(len(episode) * args.utd)
             metrics = {"episode_success": success, "episode_length": len(episode)}
             if num_distill:
                 metrics |= distill(policy, ema_policy, policy_optimizer, critic, buffer, num_distill, greedy, args)[1]
             index = buffer.sample_index((num_critic, args.batch_size))
-            if cached:
-                redraw_cache(ema_policy, buffer, 0 if num_distill else known, args, run)
-            else:
-                refresh_candidates(ema_policy, buffer, torch.cat([buffer.obs_index[index], buffer.next_index[index]]))
+            refresh_candidates(ema_policy, buffer, torch.cat([buffer.obs_index[index], buffer.next_index[index]]))
             for rows in index:
                 run.check_stop()
                 metrics |= update_critic(critic, target_critic, critic_optimizer, buffer, rows, args)

@@ -148,8 +148,6 @@ def online_flops(
     # Cal-QL looks at s and s', RLPD at s' alone, IQL at no candidates
     looks = 0 if hasattr(args, "expectile") else 2 if hasattr(args, "cql_actions") else 1
     states = distinct(looks * num_critic * args.batch_size, num_states)
-    if getattr(args, "distill_episodes", 1) > 1:  # then all of them, but only after each distilling
-        states = num_states / args.distill_episodes
     sampling = sampling_flops(args, obs_dim, action_dim, states, args.num_samples)
     critic = num_critic * critic_update_flops(args, obs_dim, action_dim, in_targets)
     return sampling + critic + distill_flops(args, obs_dim, action_dim, num_distill, num_states, climbed)

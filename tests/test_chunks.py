@@ -287,7 +287,7 @@ DIFFUSION, OFFLINE = (
     "--num-offline-steps 20 --num-offline-evals 1".split(),
 )
 FLAGS = {
-    calql: [*DIFFUSION, *OFFLINE, "--distill-episodes", "2"],
+    calql: DIFFUSION + OFFLINE,
     flow: DIFFUSION + OFFLINE,
     iql: [*DIFFUSION, *OFFLINE, "--distill-every", "10"],
     rlpd: [*DIFFUSION, "--num-warmup-episodes", "2"],

@@ -4,8 +4,6 @@ Every script is run in this process to its end on a made-up task of a few rows, 
 note what they were called with; the tests then look at the notes.
 """
 
-import functools
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -30,7 +28,6 @@ TOY = (
 ).split()
 DIFFUSION = "--policy-hidden 8 --policy-blocks 1 --policy-dropout 0.5".split()
 CALQL, IQL, RLPD, TRANSFORMER = parl_diffusion_calql, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql
-FLOW = parl_flow_calql
 FLAGS = {
     CALQL: [*DIFFUSION, "--num-offline-steps", str(OFFLINE)],
     parl_flow_calql: [*DIFFUSION, "--num-offline-steps", str(OFFLINE)],
@@ -159,8 +156,6 @@ def play(script, tmp_path, *flags) -> Notes:
         for name in WRAPPED:
             if hasattr(script, name):
                 patch.setattr(script, name, notes.wrap(name, getattr(script, name)))
-        if hasattr(script, "redraw_cache"):  # parts as small as the task
-            patch.setattr(script, "redraw_cache", functools.partial(script.redraw_cache, size=3))
         patch.setattr(Policy, "sample", notes.wrap("sample", Policy.sample))
         patch.setattr(script, "Run", NotingRun)
         patch.setattr(script, "make_env", lambda *_, **__: MadeUpEnv())
@@ -280,17 +275,10 @@ def test_the_cloned_policy_acts_with_one_sample_and_the_optimized_with_all(playe
 
 
 # --- phases 2 and 3: the critic ---
-IN_ROUNDS = "--distill-episodes 2 --num-online-episodes 5".split()
-
-
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [*((script, ()) for script in FLAGS), *((script, tuple(IN_ROUNDS)) for script in (CALQL, FLOW, TRANSFORMER))],
-    ids=lambda value: value.__name__ if hasattr(value, "__name__") else " ".join(value),
-)
-def test_critic_updates_use_the_present_policys_candidates(played, script, flags):
+@scripts
+def test_critic_updates_use_the_present_policys_candidates(played, script):
     """Offline, where they are drawn once, and online, after each distilling; IQL uses none."""
-    notes = played(script, *flags)
+    notes = played(script)
     if script is IQL:
         assert not notes.of("optimize", inside="critic_update")
         return
@@ -365,21 +353,6 @@ def test_as_much_distilling_as_asked_for(played, script):
         assert rounds(notes, "policy_update") == [round(LENGTH * ratio)] * EPISODES
         assert len(notes.of("policy_update", "offline")) == sum(offline)
     assert not played(script, "--distill-ratio", "0").of("distill")
-
-
-@pytest.mark.parametrize("script", [CALQL, FLOW, TRANSFORMER], ids=lambda script: script.__name__)
-def test_a_distilling_after_several_episodes_is_for_all_of_them(played, script):
-    """--distill-episodes: as many updates in all; the critic's come after each episode."""
-    notes = played(script, *IN_ROUNDS)
-    assert rounds(notes, "policy_update") == [0, round(2 * LENGTH * RATIO)] * 2 + [0]
-    assert rounds(notes, "critic_update") == [round(LENGTH * UTD)] * 5
-    drawn, states = [], len(notes.buffer.states) - 5 * (LENGTH + 1)  # in each round, but for what is taught, and before
-    for note in notes.calls:
-        if note["call"] == "refresh_candidates" and note["phase"] == "online" and "distill" not in note["inside"]:
-            drawn += [[]] if not drawn or drawn[-1][-1] >= note["args"][2][0] else []
-            drawn[-1] += note["args"][2].tolist()
-    first = [0 if i in (1, 3) else (states + i * (LENGTH + 1)) // 3 * 3 for i in range(5)]  # all, or what is new
-    assert drawn == [list(range(first[i], states + (i + 1) * (LENGTH + 1))) for i in range(5)]
 
 
 @scripts

@@ -22,8 +22,7 @@ TOY = (
 DIFFUSION = "--policy-hidden 16 --policy-blocks 1".split()
 OFFLINE = "--num-offline-steps 40 --num-offline-evals 2".split()
 SCRIPTS = {
-    parl_transformer_calql: "--policy-width 16 --policy-layers 1 --policy-heads 2 --policy-bins 32".split() + OFFLINE
-    + ["--distill-episodes", "2"],
+    parl_transformer_calql: "--policy-width 16 --policy-layers 1 --policy-heads 2 --policy-bins 32".split() + OFFLINE,
     parl_flow_calql: DIFFUSION + OFFLINE,
     parl_diffusion_iql: DIFFUSION + OFFLINE + ["--distill-every", "10"],
     parl_diffusion_rlpd: DIFFUSION + ["--num-warmup-episodes", "3", "--utd", "1.3"],

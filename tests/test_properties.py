@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import types
 
 import numpy as np
 import pytest
@@ -875,26 +874,6 @@ def test_refreshed_candidates_are_samples_of_the_policy(two_threads):
     script.refresh_candidates(policy, buffer, every)
     torch.manual_seed(3)
     torch.testing.assert_close(buffer.candidates, policy.sample(buffer.states, 6))
-
-
-def test_the_redrawn_cache_is_the_same_however_often_it_was_drawn():
-    """A resumed run draws what the one before had in the cache, episode by episode, and nothing from its own stream."""
-    _, _, buffer = make_buffer(num_samples=2)
-    buffer.add(make_episode(600))
-    policy, run = MarkingPolicy(2, 3, 2, 8, 1, 8), types.SimpleNamespace(each=lambda description, parts: parts)
-    args, stream = script.Args(seed=3), torch.get_rng_state()
-    script.redraw_cache(policy, buffer, 0, args, run)
-    check_drawn(buffer.candidates, torch.arange(len(buffer.states)), buffer)
-    known, before, policy.time = len(buffer.states), buffer.candidates.clone(), 2
-    buffer.add(make_episode(5))
-    script.redraw_cache(policy, buffer, known, args, run)
-    assert known > 512 and torch.equal(buffer.candidates[:512], before[:512])  # 606 states, two parts and a rest
-    assert (buffer.candidates[512:, :, 2] == 2).all()
-    episode_by_episode = buffer.candidates[..., :2].clone()
-    buffer.candidates.zero_()
-    script.redraw_cache(policy, buffer, 0, args, run)
-    assert torch.equal(buffer.candidates[..., :2], episode_by_episode)
-    assert torch.equal(torch.get_rng_state(), stream)
 
 
 # --- THE REST OF THE RECIPE ---
