@@ -3,19 +3,22 @@
     python parl_diffusion_calql.py --num-online-episodes 0 --runs runs            # clones, trains the critic, stops
     python -m benchmarks.distilling runs/<folder> --out frozen.csv                # distils in four ways from there
     python -m benchmarks.distilling runs/<folder> --online 20 --out online.csv    # or fine-tunes online in three
+    python -m benchmarks.distilling runs/<folder> --unchosen --out unchosen.csv   # or teaches what nothing has chosen
     python -m benchmarks.distilling --draw frozen.png --title "default task" --csv a.csv b.csv
 
 All ways start from the cloned policy and the critic of the run. The first four distil under a critic that never
 changes, after a few online episodes of the optimized policy: with and without the data's own action among the
 candidates (algorithm 1, line 3), on states uniform over all rows (equation 4.4) or half online. Whatever falls is the
 policy's doing. The three of `--online` are phase 3 of the script: as it is, with the critic standing still (`--utd 0`),
-and with the policy standing still (`--distill-ratio 0`).
+and with the policy standing still (`--distill-ratio 0`). Those of `--unchosen` need no critic: the policy is taught one
+sample of its own at each state of the data, or, to compare with, the data's action.
 
 `alone` is success of the policy's samples, `ranked` that of the optimized policy, `cloned` that of the cloned policy's
 samples optimized by the present critic, `spread` the standard deviation of 32 samples of a state (mean over dimensions
 and 2,000 states of the buffer), `q` the critic's mean over the same samples. Online, `q_taken` is the critic's Q of the
 actions of the episodes since the last measurement, as it was when they were taken, and `followed` the discounted return
-that did follow them (paper, figure 14; of an episode that failed, what failing for ever is worth).
+that did follow them (paper, figure 14; of an episode that failed, what failing for ever is worth). `moved` is how far
+an agent in a maze gets in 100 steps, in the maze's metres, by the policy's samples: the median over all such windows.
 """
 
 import copy
@@ -48,6 +51,7 @@ class Options:
     every: int = 200  # updates between two measurements; with --online: episodes
     collect: int = 10  # online episodes beside the data
     online: int = 0  # fine-tune for so many episodes, in three ways, instead
+    unchosen: bool = False  # teach the policy its own samples as they come, or the data's actions, instead
     warmup: int = 0  # of these, episodes before the first distilling
     anchored: bool = False  # annotate samples of the cloned policy, always
     flags: tuple[str, ...] = ()  # of the script, over those of the run: --flags utd=4 distill_lr=1e-5
@@ -65,6 +69,8 @@ FROZEN = {
     for m in (False, True)
 }
 ONLINE = {"both learn": {}, "the critic stands still": dict(utd=0), "the policy stands still": dict(distill_ratio=0)}
+
+UNCHOSEN = {"its own samples": True, "the data's actions": False}
 
 
 def load(options: Options):
@@ -207,6 +213,39 @@ def fine_tune(options: Options) -> list[dict]:
     return rows
 
 
+def teach_what_nothing_chose(options: Options) -> list[dict]:
+    """The distilling loss and rate on the cloned policy's own samples, drawn as it changes, or on the data's."""
+    args, _, envs, buffer, cloned, cloned_average, _, _, run = load(options)
+    rows = []
+    for way, own in chosen(UNCHOSEN, options).items():
+        torch.manual_seed(args.seed)
+        policy, average = copy.deepcopy(cloned), copy.deepcopy(cloned_average)
+        optimizer = torch.optim.Adam(policy.parameters(), args.distill_lr)
+        states = buffer.states[torch.randperm(len(buffer.states))[:2_000]]
+        for done in itertools.count(0, options.every):
+            found, samples = evaluate(envs, alone(average), run), sample_on_all_cores(average, states, 32)
+            row = {"seed": args.seed, "way": way, "updates": done, "spread": samples.std(1).mean().item()}
+            row["moved"] = moved(found["trajectories"]) if "maze" in args.env_id else float("nan")
+            keep(rows, row | {"alone": found["success_rate"]})
+            if done >= options.updates:
+                break
+            for index in buffer.sample_index((options.every, args.batch_size)):
+                seen = buffer.obs_index[index]
+                obs = buffer.states[seen]
+                actions = average.sample(obs, 1)[:, 0] if own else buffer.data_actions(seen)
+                script.policy_update(policy, average, optimizer, obs, actions, args.policy_ema)
+    return rows
+
+
+def moved(trajectories, steps: int = 100) -> float:
+    """Median distance between where an agent is (its first two observations) and where it is so many steps later.
+
+    NaN where no trajectory is as long.
+    """
+    ways = np.concatenate([np.linalg.norm(path[steps:, :2] - path[:-steps, :2], axis=1) for path in trajectories])
+    return float(np.median(ways)) if len(ways) else float("nan")
+
+
 TITLES = {
     "ranked": "success, %: optimized policy",
     "alone": "success, %: policy alone",
@@ -215,6 +254,7 @@ TITLES = {
     "gap": "Q of the actions taken, less the return that followed",
     "success_rate": "success, %: the policy that acts",
     "return": "return",
+    "moved": "metres in 100 steps, policy alone",
 }
 
 
@@ -260,7 +300,10 @@ def main() -> None:
         return
     if not options.run:
         fail("name the folder of a run, or --draw a picture of tables (--csv)")
-    rows = fine_tune(options) if options.online else distil_under_frozen_critic(options)
+    study = (
+        teach_what_nothing_chose if options.unchosen else fine_tune if options.online else distil_under_frozen_critic
+    )
+    rows = study(options)
     with open(options.out, "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()

@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,42 @@ def test_four_ways_from_one_start(folder, tmp_path, monkeypatch):
     starts = [(row["spread"], row["q"]) for row in rows if row["updates"] == 0]
     assert len(set(starts)) <= 4 and all(start[0] > 0 for start in starts)
     draw(rows, tmp_path)
+
+
+def test_what_nothing_chose_is_the_policys_sample_or_the_datas_action(folder, tmp_path, monkeypatch):
+    taught, update = [], script.policy_update
+
+    def watch(policy, average, optimizer, obs, actions, rate):
+        torch.manual_seed(0)
+        taught.append((obs, actions, average.sample(obs, 1)[:, 0], optimizer.param_groups[0]["lr"]))
+        return update(policy, average, optimizer, obs, actions, rate)
+
+    def sample(policy, obs, num_samples, noise=None, draw=script.DiffusionPolicy.sample):
+        torch.manual_seed(0)  # so that it is known what was drawn
+        return draw(policy, obs, num_samples, noise)
+
+    monkeypatch.setattr(script, "policy_update", watch)
+    monkeypatch.setattr(script.DiffusionPolicy, "sample", sample)
+    options = distilling.Options(run=str(folder), updates=4, every=2, episodes=2, unchosen=True)
+    rows = distilling.teach_what_nothing_chose(options)
+    assert [(row["way"], row["updates"]) for row in rows] == [(w, n) for w in distilling.UNCHOSEN for n in (0, 2, 4)]
+    assert [rows[0][name] for name in ("spread", "alone")] == [rows[3][name] for name in ("spread", "alone")]
+    args, _, _, buffer, *_ = distilling.load(options)
+    for obs, actions, own, lr in taught:
+        index = (buffer.states[None] == obs[:, None]).all(-1).float().argmax(1)
+        data = torch.nan_to_num(buffer.data_actions(index), nan=9)
+        same = [torch.equal(actions, own), torch.allclose(actions, data)]
+        assert same in ([True, False], [False, True]) and lr == args.distill_lr
+    assert [torch.equal(actions, own) for _, actions, own, _ in taught] == [True] * 4 + [False] * 4
+    draw(rows, tmp_path)
+
+
+def test_moved_is_the_median_way_of_a_hundred_steps():
+    line = np.stack([np.arange(151) * 0.03, np.arange(151) * 0.04, np.ones(151)], 1)  # 5 in 100 steps
+    still = np.zeros((130, 3))
+    assert distilling.moved([line]) == pytest.approx(5) and distilling.moved([line, still]) == pytest.approx(5)
+    assert distilling.moved([line, still, still]) == 0 and distilling.moved([line[:51], line]) == pytest.approx(5)
+    assert np.isnan(distilling.moved([line[:51]]))
 
 
 def test_online_ways_are_the_scripts_phase_3(folder, tmp_path, monkeypatch):
