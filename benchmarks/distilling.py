@@ -4,6 +4,7 @@
     python -m benchmarks.distilling runs/<folder> --out frozen.csv                # distils in four ways from there
     python -m benchmarks.distilling runs/<folder> --online 20 --out online.csv    # or fine-tunes online in three
     python -m benchmarks.distilling runs/<folder> --unchosen --out unchosen.csv   # or teaches what nothing has chosen
+    python -m benchmarks.distilling --widths --out widths.csv                     # how wide a sampler's samples are
     python -m benchmarks.distilling --draw frozen.png --title "default task" --csv a.csv b.csv
 
 All ways start from the cloned policy and the critic of the run. The first four distil under a critic that never
@@ -12,6 +13,9 @@ candidates (algorithm 1, line 3), on states uniform over all rows (equation 4.4)
 policy's doing. The three of `--online` are phase 3 of the script: as it is, with the critic standing still (`--utd 0`),
 and with the policy standing still (`--distill-ratio 0`). Those of `--unchosen` need no critic: the policy is taught one
 sample of its own at each state of the data, or, to compare with, the data's action.
+
+`--widths` needs no run: actions are normally distributed and the network is the one that the loss is least for, in
+closed form. What differs between the width of the data and that of the samples is then the sampler's doing alone.
 
 `alone` is success of the policy's samples, `ranked` that of the optimized policy, `cloned` that of the cloned policy's
 samples optimized by the present critic, `spread` the standard deviation of 32 samples of a state (mean over dimensions
@@ -35,6 +39,7 @@ import torch
 import tyro
 
 import parl_diffusion_calql as script
+import parl_flow_calql as flow
 from benchmarks.harness.cli import fail
 from benchmarks.harness.datasets import set_up
 from benchmarks.harness.fast_critic import FrozenCritic, sample_on_all_cores
@@ -52,6 +57,7 @@ class Options:
     collect: int = 10  # online episodes beside the data
     online: int = 0  # fine-tune for so many episodes, in three ways, instead
     unchosen: bool = False  # teach the policy its own samples as they come, or the data's actions, instead
+    widths: bool = False  # the width of the samples of a policy that has learned a normal distribution exactly, instead
     warmup: int = 0  # of these, episodes before the first distilling
     anchored: bool = False  # annotate samples of the cloned policy, always
     flags: tuple[str, ...] = ()  # of the script, over those of the run: --flags utd=4 distill_lr=1e-5
@@ -237,6 +243,41 @@ def teach_what_nothing_chose(options: Options) -> list[dict]:
     return rows
 
 
+def exact_policy(width: float, steps: int, straight: bool):
+    """A policy of 64 actions, each normal around 0 with this standard deviation, that has learned them exactly.
+
+    Its sampler is the script's; what its network would learn stands in the network's place. straight: a flow policy,
+    whose best velocity is E[a - noise | x_t] of x_t = (1 - t) noise + t a; else a diffusion policy, whose best
+    prediction is E[noise | a_t] of a_t = sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise.
+    """
+    policy = (flow.FlowPolicy if straight else script.DiffusionPolicy)(1, 64, steps, 8, 1)
+
+    def predict_noise(t, noisy_actions):
+        alpha_bar = policy.alpha_bars[t.long()]
+        return (1 - alpha_bar).sqrt() * noisy_actions / (alpha_bar * width**2 + 1 - alpha_bar)
+
+    def velocity(t, x):
+        return (t * width**2 - (1 - t)) * x / ((1 - t) ** 2 + t**2 * width**2)
+
+    policy.predict_noise, policy.velocity = predict_noise, velocity
+    policy.first_layer_parts = lambda obs, t=torch.arange(steps): (torch.zeros(len(obs), 1), t[:, None])
+    return policy
+
+
+def sampled_widths() -> list[dict]:
+    """The standard deviation of samples, over that of the data: what one generation of own samples leaves of it."""
+    rows = []
+    for straight, name in ((False, "diffusion"), (True, "flow")):
+        for steps in (5, 10, 20, 50, 100):
+            torch.manual_seed(0)
+            row = {"policy": name, "steps": steps}
+            for width in (0.4, 0.2, 0.1, 0.05):
+                samples = exact_policy(width, steps, straight).sample(torch.zeros(1, 1), 4_000)
+                row[f"of {width}"] = samples.std().item() / width
+            keep(rows, row)
+    return rows
+
+
 def moved(trajectories, steps: int = 100) -> float:
     """Median distance between where an agent is (its first two observations) and where it is so many steps later.
 
@@ -298,12 +339,12 @@ def main() -> None:
     if options.draw:
         draw(options)
         return
-    if not options.run:
-        fail("name the folder of a run, or --draw a picture of tables (--csv)")
+    if not options.run and not options.widths:
+        fail("name the folder of a run, or --draw a picture of tables (--csv), or ask for --widths")
     study = (
         teach_what_nothing_chose if options.unchosen else fine_tune if options.online else distil_under_frozen_critic
     )
-    rows = study(options)
+    rows = sampled_widths() if options.widths else study(options)
     with open(options.out, "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()

@@ -81,6 +81,23 @@ def test_what_nothing_chose_is_the_policys_sample_or_the_datas_action(folder, tm
     draw(rows, tmp_path)
 
 
+def test_widths_are_those_of_an_exactly_learned_policy():
+    """Euler's steps in closed form, one denoising step in closed form, and many steps, which lose nothing."""
+    obs, width = torch.zeros(1, 1), 0.1
+    torch.manual_seed(0)
+    grown = 1.0
+    for t in (0, 0.25, 0.5, 0.75):  # x grows by v / 4, v = Cov(a - noise, x_t) / Var(x_t) x
+        grown *= 1 + (t * width**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * width**2) / 4
+    assert distilling.exact_policy(width, 4, True).sample(obs, 4_000).std().item() == pytest.approx(grown, rel=0.01)
+    policy = distilling.exact_policy(width, 1, False)
+    alpha = policy.alphas[0].item()  # E[a | a_1] = sqrt(alpha) width^2 a_1 / (alpha width^2 + 1 - alpha)
+    shrunk = alpha**0.5 * width**2 / (alpha * width**2 + 1 - alpha)
+    assert policy.sample(obs, 4_000).std().item() == pytest.approx(shrunk, rel=0.01)
+    for straight in (False, True):
+        samples = distilling.exact_policy(width, 500, straight).sample(obs, 2_000)
+        assert samples.std().item() == pytest.approx(width, rel=0.04)
+
+
 def test_moved_is_the_median_way_of_a_hundred_steps():
     line = np.stack([np.arange(151) * 0.03, np.arange(151) * 0.04, np.ones(151)], 1)  # 5 in 100 steps
     still = np.zeros((130, 3))
