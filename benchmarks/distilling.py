@@ -260,7 +260,8 @@ def exact_policy(width: float, steps: int, straight: bool):
         return (t * width**2 - (1 - t)) * x / ((1 - t) ** 2 + t**2 * width**2)
 
     policy.predict_noise, policy.velocity = predict_noise, velocity
-    policy.first_layer_parts = lambda obs, t=torch.arange(steps): (torch.zeros(len(obs), 1), t[:, None])
+    all_steps = torch.arange(steps)  # the flow's sampler names its times, the diffusion's goes through all steps
+    policy.first_layer_parts = lambda obs, t=all_steps: (torch.zeros(len(obs), 1), t[:, None])
     return policy
 
 

@@ -367,7 +367,8 @@ VLA = {
 ANTMAZE = {
     "antmaze-umaze-chunk-online": "`antmaze-umaze-v2`",
     "antmaze-umaze-diverse-chunk-online": "`antmaze-umaze-diverse-v2`, two seeds",
-    "antmaze-medium-diverse-chunk-online": "`antmaze-medium-diverse-v2`, one seed",
+    "antmaze-medium-diverse-million": "`antmaze-medium-diverse-v2`, two seeds, its own flags",
+    "antmaze-medium-diverse-chunk-online": "`antmaze-medium-diverse-v2`, one seed, the flags of `umaze`",
     "antmaze-umaze-chunk": "`antmaze-umaze-v2`, 32 candidates, offline only",
     "antmaze-umaze-diverse-chunk": "`antmaze-umaze-diverse-v2`, 32 candidates, offline only",
 }
