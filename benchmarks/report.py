@@ -369,6 +369,7 @@ ANTMAZE = {
     "antmaze-umaze-diverse-chunk-online": "`antmaze-umaze-diverse-v2`, two seeds",
     "antmaze-medium-diverse-million": "`antmaze-medium-diverse-v2`, two seeds, its own flags",
     "antmaze-medium-diverse-chunk-online": "`antmaze-medium-diverse-v2`, one seed, the flags of `umaze`",
+    "antmaze-umaze-chunk-two": "`antmaze-umaze-v2`, 2 candidates, offline only",
     "antmaze-umaze-chunk": "`antmaze-umaze-v2`, 32 candidates, offline only",
     "antmaze-umaze-diverse-chunk": "`antmaze-umaze-diverse-v2`, 32 candidates, offline only",
 }
