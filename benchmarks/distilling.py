@@ -340,12 +340,14 @@ def main() -> None:
     if options.draw:
         draw(options)
         return
-    if not options.run and not options.widths:
+    if not (options.run or options.widths):
         fail("name the folder of a run, or --draw a picture of tables (--csv), or ask for --widths")
-    study = (
-        teach_what_nothing_chose if options.unchosen else fine_tune if options.online else distil_under_frozen_critic
-    )
-    rows = sampled_widths() if options.widths else study(options)
+    if options.widths:
+        rows = sampled_widths()
+    elif options.unchosen:
+        rows = teach_what_nothing_chose(options)
+    else:
+        rows = fine_tune(options) if options.online else distil_under_frozen_critic(options)
     with open(options.out, "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
