@@ -93,13 +93,13 @@ class Args(RunArgs):
     gradient_step_size: float = 3e-4  # alpha of equation 4.2
     keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
     climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
-    climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
+    climb_first: int = 0  # there climb, even if climb_all, from so many of highest Q only, a shortcut; 0: from all
     distill_data_actions: bool = True  # alg. 1's a_data(s) is one more candidate when distilling
     distill_from: Literal["policy", "data"] = "policy"  # data: clone its actions by their advantage instead (figure 6)
     # acting and distilling
     greedy_rollouts: bool = True  # act online with the best candidate; else draw from equation 4.3
     distill_selection: Literal["auto", "greedy", "sample"] = "auto"  # teach the best candidate, or draws from eq. 4.3
-    greedy_below_std: float = 1.0  # auto: greedy if the candidates' Q differ less (offline, standard deviation)
+    greedy_below_std: float = 1.0  # auto: greedy if the candidates' Q differ less (deviation, while distilling offline)
     extraction: Literal["parl", "idql"] = "parl"  # distil optimized actions, or only re-rank the cloned policy's
     distill_every: int = 1_000  # critic updates between two rounds of distilling, offline
     distill_after: float = 0.1  # share of phase 2 before distilling starts: Q must rank; 1: online only (release)
@@ -485,8 +485,8 @@ def monte_carlo_returns(rewards, terminals, ends, discount, failure=-math.inf, p
 def windows(rewards, terminals, ends, discount, chunk):
     """The chunk of actions, taken one after the other without looking, that begins at each row; all returned are (N,).
 
-    One that a terminal ends early counts: nothing can come after, so that its other actions may be any (the last one,
-    repeated). One that a cut ends early (time limit, break) does not: nobody knows what the rest of it would have done.
+    One that a terminal ends early counts: what comes after is worth nothing, so that its other actions may be any (the
+    data's, where they go on). One that a cut ends early (time limit, break) does not: its rest is not known.
 
     rewards (N,) biased, terminals (N,), ends: index after the last row of each trajectory -> steps: how many were
     taken; the sum of their gamma^i r_i; masks: 0 where a terminal ended them; whole: whether it counts.
@@ -529,9 +529,9 @@ class ReplayBuffer:
         failure = self.lowest if args.sparse_reward and not (online and args.release_returns) else -math.inf
         mc_returns = monte_carlo_returns(rewards, data.terminals, ends, args.discount, failure, args.release_returns)
         steps, rewards, masks, whole = windows(rewards, data.terminals, ends, args.discount, args.chunk)
-        states, action_at, obs_index = distinct_states(data, ends)
+        states, action_at, obs_index, last = distinct_states(data)
         last_index = np.arange(len(states))  # where the actions of a state's chunk end, of one that is cut at the NaN
-        last_index[obs_index] += steps - whole
+        last_index[obs_index] = np.where(whole, np.minimum(obs_index + args.chunk - 1, last), obs_index + steps)
         first, starts = (len(self.states), len(self)) if online else (0, 0), np.flatnonzero(whole)
         new = dict(states=states, action_at=action_at, last_index=last_index + first[0], obs_index=obs_index + first[0],
                    next_index=obs_index + steps + first[0], starts=starts + first[1], mc_returns=mc_returns,
@@ -564,8 +564,8 @@ def refresh_candidates(policy, buffer, states) -> None:
     """Appendix E's cache: draw anew the candidates of the states given (index of any shape, each state once).
 
     The policy is frozen while the critic trains on a batch of updates, so its candidates at each distinct state are
-    drawn once. After the policy changed, only the states that the coming updates will look at are redrawn: nothing
-    stale is ever used, and nothing is drawn that is not used. Those of states never refreshed are zeros.
+    drawn once. After the policy changed, only the states that the coming updates will look at are redrawn: they
+    never see an older policy's, and nothing is drawn that is not used. Those of states never refreshed are zeros.
     """
     for index in states.unique().split(4096):
         buffer.candidates[index] = sample_on_all_cores(policy, buffer.states[index], buffer.candidates.shape[1])
@@ -627,7 +627,7 @@ def candidate_spread(critic, buffer, states, args: Args) -> dict[str, torch.Tens
 def choose_greedy_distillation(args: Args, q_stds: list[float]) -> bool:
     """Appendix B.1: teach the argmax where the candidates' Q differ too little for samples of eq. 4.3 to prefer any.
 
-    q_stds: measured standard deviations of the candidates' Q; none: there was no offline phase. The paper gives no
+    q_stds: measured standard deviations of the candidates' Q; none: nothing was measured. The paper gives no
     threshold. Equation 4.3's softmax has temperature 1, so that below a standard deviation of about 1 the candidates
     are nearly equally likely, and samples would hardly improve the policy.
     """

@@ -58,7 +58,7 @@ class Args(RunArgs):
     # phases
     num_cloning_steps: int = 300_000  # phase 1: updates of the policy
     num_warmup_episodes: int = 10  # phase 2: episodes of the cloned policy before the first critic update
-    num_online_episodes: int = 200  # phase 3: episodes; 0: cloning only
+    num_online_episodes: int = 200  # phase 3: episodes; 0: none is learned from
     # policy
     chunk: int = 1  # steps of one decision, taken without looking; the policy's action holds all of them
     diffusion_steps: int = 5  # K, denoising steps
@@ -89,7 +89,7 @@ class Args(RunArgs):
     gradient_step_size: float = 3e-4  # alpha of equation 4.2
     keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
     climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
-    climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
+    climb_first: int = 0  # there climb, even if climb_all, from so many of highest Q only, a shortcut; 0: from all
     distill_data_actions: bool = True  # alg. 1's a_data(s) is one more candidate when distilling
     distill_from: Literal["policy", "data"] = "policy"  # data: clone its actions by their advantage instead (figure 6)
     target_data_actions: bool = False  # and in the critic's targets (the release: there never)
@@ -123,7 +123,7 @@ PRESETS: dict[str, dict] = {
         utd=4.0, num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.03),
     # On top of the family's: what two CPU cores train in 20 to 30 minutes. Actions are drawn (equation 4.3): on AntMaze
     # the best of eight by a critic of so few updates failed. Ten times as much distilling online made success fall.
-    "laptop": dict(
+    "laptop": dict(dataset_size=200_000,
         num_cloning_steps=10_000, num_online_episodes=30, eval_episodes=50, num_online_evals=1, policy_hidden=128,
         policy_blocks=2,
         policy_dropout=0.0, cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, distill_lr=5e-5, ensemble_size=2,
@@ -471,8 +471,8 @@ def monte_carlo_returns(rewards, terminals, ends, discount, failure=-math.inf, p
 def windows(rewards, terminals, ends, discount, chunk):
     """The chunk of actions, taken one after the other without looking, that begins at each row; all returned are (N,).
 
-    One that a terminal ends early counts: nothing can come after, so that its other actions may be any (the last one,
-    repeated). One that a cut ends early (time limit, break) does not: nobody knows what the rest of it would have done.
+    One that a terminal ends early counts: what comes after is worth nothing, so that its other actions may be any (the
+    data's, where they go on). One that a cut ends early (time limit, break) does not: its rest is not known.
 
     rewards (N,) biased, terminals (N,), ends: index after the last row of each trajectory -> steps: how many were
     taken; the sum of their gamma^i r_i; masks: 0 where a terminal ended them; whole: whether it counts.
@@ -515,9 +515,9 @@ class ReplayBuffer:
         failure = self.lowest if args.sparse_reward and not (online and args.release_returns) else -math.inf
         mc_returns = monte_carlo_returns(rewards, data.terminals, ends, args.discount, failure, args.release_returns)
         steps, rewards, masks, whole = windows(rewards, data.terminals, ends, args.discount, args.chunk)
-        states, action_at, obs_index = distinct_states(data, ends)
+        states, action_at, obs_index, last = distinct_states(data)
         last_index = np.arange(len(states))  # where the actions of a state's chunk end, of one that is cut at the NaN
-        last_index[obs_index] += steps - whole
+        last_index[obs_index] = np.where(whole, np.minimum(obs_index + args.chunk - 1, last), obs_index + steps)
         first, starts = (len(self.states), len(self)) if online else (0, 0), np.flatnonzero(whole)
         new = dict(states=states, action_at=action_at, last_index=last_index + first[0], obs_index=obs_index + first[0],
                    next_index=obs_index + steps + first[0], starts=starts + first[1], mc_returns=mc_returns,
@@ -550,8 +550,8 @@ def refresh_candidates(policy, buffer, states) -> None:
     """Appendix E's cache: draw anew the candidates of the states given (index of any shape, each state once).
 
     The policy is frozen while the critic trains on a batch of updates, so its candidates at each distinct state are
-    drawn once. After the policy changed, only the states that the coming updates will look at are redrawn: nothing
-    stale is ever used, and nothing is drawn that is not used. Those of states never refreshed are zeros.
+    drawn once. After the policy changed, only the states that the coming updates will look at are redrawn: they
+    never see an older policy's, and nothing is drawn that is not used. Those of states never refreshed are zeros.
     """
     for index in states.unique().split(4096):
         buffer.candidates[index] = sample_on_all_cores(policy, buffer.states[index], buffer.candidates.shape[1])
@@ -613,7 +613,7 @@ def candidate_spread(critic, buffer, states, args: Args) -> dict[str, torch.Tens
 def choose_greedy_distillation(args: Args, q_stds: list[float]) -> bool:
     """Appendix B.1: teach the argmax where the candidates' Q differ too little for samples of eq. 4.3 to prefer any.
 
-    q_stds: measured standard deviations of the candidates' Q; none: there was no offline phase. The paper gives no
+    q_stds: measured standard deviations of the candidates' Q; none: nothing was measured. The paper gives no
     threshold. Equation 4.3's softmax has temperature 1, so that below a standard deviation of about 1 the candidates
     are nearly equally likely, and samples would hardly improve the policy.
     """
@@ -658,7 +658,7 @@ def main(argv: list[str] | None = None) -> None:
             loss = policy_update(policy, ema_policy, policy_optimizer, obs, actions, args.policy_ema)
             run.log({"policy_loss": loss}, every=args.log_every)
 
-        # Phase 2: episodes of the cloned policy, so that every batch can be half online (appendix B.2)
+        # Phase 2: episodes of the cloned policy, so that every batch can be half online, as RLPD's are
         for i in run.steps("offline", args.num_warmup_episodes, unit="episode"):
             episode, success = collect_episode(env, act_cloned, args.seed * 100_003 + 50_000 + i, run)
             buffer.add(episode)

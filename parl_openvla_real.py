@@ -104,7 +104,7 @@ class Args(robot.RobotArgs):
     num_gradient_steps: int = 10  # T, gradient steps on each kept action; 0: rank only
     gradient_step_size: float = 3e-4  # alpha of equation 4.2
     keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
-    climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
+    climb_first: int = 0  # there climb, even if climb_all, from so many of highest Q only, a shortcut; 0: from all
     greedy_rollouts: bool = False  # act with the best candidate; else draw from equation 4.3
     sample_backup: bool = False  # targets of a drawn optimized action (section 4.3), not the best (release)
 
@@ -749,7 +749,7 @@ def refresh(policy, buffer, run, pool):
 def choose_greedy_distillation(args: Args, q_stds: list[float]) -> bool:
     """Appendix B.1: teach the argmax where the candidates' Q differ too little for samples of eq. 4.3 to prefer any.
 
-    q_stds: measured standard deviations of the candidates' Q; none: there was no offline phase. The paper gives no
+    q_stds: measured standard deviations of the candidates' Q; none: nothing was measured. The paper gives no
     threshold. Equation 4.3's softmax has temperature 1, so that below a standard deviation of about 1 the candidates
     are nearly equally likely, and samples would hardly improve the policy.
     """

@@ -93,7 +93,7 @@ class Args(RunArgs):
     gradient_step_size: float = 3e-4  # alpha of equation 4.2
     keep_best_of_path: bool = False  # the release's way: take every step, return the best point of the path
     climb_all: bool = False  # where only the best is wanted, climb from candidates that cannot become it, too
-    climb_first: int = 0  # there climb from so many of highest Q only: a shortcut, the best may be another; 0: from all
+    climb_first: int = 0  # there climb, even if climb_all, from so many of highest Q only, a shortcut; 0: from all
     distill_data_actions: bool = True  # alg. 1's a_data(s) is one more candidate when distilling
     distill_from: Literal["policy", "data"] = "policy"  # data: clone its actions by their advantage instead (figure 6)
     target_data_actions: bool = False  # and in the critic's targets (the release: there never)
@@ -245,10 +245,10 @@ class TransformerPolicy(nn.Module):
         caches = x.new_empty(len(self.blocks), 2, B, n, self.heads, A, prefix.shape[-1])
         caches[..., :1, :] = prefix[:, :, :, None]
         for i in range(1, A):
-            x = (self.embedding(tokens[-1]) + self.position[i]).view(B * n, 1, -1)
+            x = (self.embedding(tokens[-1]) + self.position[i]).view(B * n, 1, x.shape[-1])
             for block, cache in zip(self.blocks, caches.flatten(2, 3)):
                 x = block(x, cache, i)
-            tokens.append(choose(i, self.head(self.norm(x)).view(B, n, -1)))
+            tokens.append(choose(i, self.head(self.norm(x)).view(B, n, self.bins)))
         return torch.stack(tokens, -1)
 
 
@@ -514,8 +514,8 @@ def monte_carlo_returns(rewards, terminals, ends, discount, failure=-math.inf, p
 def windows(rewards, terminals, ends, discount, chunk):
     """The chunk of actions, taken one after the other without looking, that begins at each row; all returned are (N,).
 
-    One that a terminal ends early counts: nothing can come after, so that its other actions may be any (the last one,
-    repeated). One that a cut ends early (time limit, break) does not: nobody knows what the rest of it would have done.
+    One that a terminal ends early counts: what comes after is worth nothing, so that its other actions may be any (the
+    data's, where they go on). One that a cut ends early (time limit, break) does not: its rest is not known.
 
     rewards (N,) biased, terminals (N,), ends: index after the last row of each trajectory -> steps: how many were
     taken; the sum of their gamma^i r_i; masks: 0 where a terminal ended them; whole: whether it counts.
@@ -558,9 +558,9 @@ class ReplayBuffer:
         failure = self.lowest if args.sparse_reward and not (online and args.release_returns) else -math.inf
         mc_returns = monte_carlo_returns(rewards, data.terminals, ends, args.discount, failure, args.release_returns)
         steps, rewards, masks, whole = windows(rewards, data.terminals, ends, args.discount, args.chunk)
-        states, action_at, obs_index = distinct_states(data, ends)
+        states, action_at, obs_index, last = distinct_states(data)
         last_index = np.arange(len(states))  # where the actions of a state's chunk end, of one that is cut at the NaN
-        last_index[obs_index] += steps - whole
+        last_index[obs_index] = np.where(whole, np.minimum(obs_index + args.chunk - 1, last), obs_index + steps)
         first, starts = (len(self.states), len(self)) if online else (0, 0), np.flatnonzero(whole)
         new = dict(states=states, action_at=action_at, last_index=last_index + first[0], obs_index=obs_index + first[0],
                    next_index=obs_index + steps + first[0], starts=starts + first[1], mc_returns=mc_returns,
@@ -593,8 +593,8 @@ def refresh_candidates(policy, buffer, states) -> None:
     """Appendix E's cache: draw anew the candidates of the states given (index of any shape, each state once).
 
     The policy is frozen while the critic trains on a batch of updates, so its candidates at each distinct state are
-    drawn once. After the policy changed, only the states that the coming updates will look at are redrawn: nothing
-    stale is ever used, and nothing is drawn that is not used. Those of states never refreshed are zeros.
+    drawn once. After the policy changed, only the states that the coming updates will look at are redrawn: they
+    never see an older policy's, and nothing is drawn that is not used. Those of states never refreshed are zeros.
     """
     for index in states.unique().split(4096):
         buffer.candidates[index] = sample_on_all_cores(policy, buffer.states[index], buffer.candidates.shape[1])
@@ -656,7 +656,7 @@ def candidate_spread(critic, buffer, states, args: Args) -> dict[str, torch.Tens
 def choose_greedy_distillation(args: Args, q_stds: list[float]) -> bool:
     """Appendix B.1: teach the argmax where the candidates' Q differ too little for samples of eq. 4.3 to prefer any.
 
-    q_stds: measured standard deviations of the candidates' Q; none: there was no offline phase. The paper gives no
+    q_stds: measured standard deviations of the candidates' Q; none: nothing was measured. The paper gives no
     threshold. Equation 4.3's softmax has temperature 1, so that below a standard deviation of about 1 the candidates
     are nearly equally likely, and samples would hardly improve the policy.
     """

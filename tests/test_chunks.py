@@ -38,16 +38,21 @@ def make_args(script=calql, **fields):
 
 
 def trajectories(rng, kinds, longest=9) -> Dataset:
-    """Random ones one after another, each ended by a terminal, a time limit, both, or a break that no flag marks."""
+    """Random ones one after another, each ended by a terminal, a time limit, both, or a break that no flag marks; or
+    by a terminal over which the data go on, as AntMaze's and OGBench's do at a goal.
+    """
+    before, state = "break", None
     rows = {name: [] for name in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")}
     for kind in kinds:
         length = rng.integers(1, longest + 1)
         path, last = rng.normal(size=(length + 1, OBS)), np.arange(length) == length - 1
+        path[0] = state if before == "goes on" else path[0]
+        before, state = kind, path[-1]
         rows["observations"].append(path[:-1])
         rows["next_observations"].append(path[1:])
         rows["actions"].append(rng.uniform(-1, 1, (length, ACT)))
         rows["rewards"].append(rng.integers(0, 2, length))
-        rows["terminals"].append(last & (kind in ("terminal", "both")))
+        rows["terminals"].append(last & (kind in ("terminal", "both", "goes on")))
         rows["timeouts"].append(last & (kind in ("timeout", "both")))
     arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
     flags = {name: arrays.pop(name) for name in ("terminals", "timeouts")}
@@ -57,20 +62,27 @@ def trajectories(rng, kinds, longest=9) -> Dataset:
 def walk(data, row, chunk):
     """From a row on, step by step: the chunk's actions, reward, mask and last state; None if it is cut."""
     actions, total, first = [], 0.0, row
+
+    def ends_at(row):
+        jump = row + 1 == len(data) or not np.array_equal(data.next_observations[row], data.observations[row + 1])
+        return data.timeouts[row] or jump
+
     for i in range(chunk):
         row = first + i
         actions.append(data.actions[row])
         total += GAMMA**i * (float(data.rewards[row]) + BIAS)
         if data.terminals[row]:
-            actions += [data.actions[row]] * (chunk - len(actions))
-            return np.concatenate(actions), total, 0.0, data.next_observations[row]
-        broken = row + 1 == len(data) or not np.array_equal(data.next_observations[row], data.observations[row + 1])
-        if i + 1 < chunk and (data.timeouts[row] or broken):
+            next_obs = data.next_observations[row]
+            while len(actions) < chunk:  # the data's own as long as they go on, then the last one
+                row += not ends_at(row)
+                actions.append(data.actions[row])
+            return np.concatenate(actions), total, 0.0, next_obs
+        if i + 1 < chunk and ends_at(row):
             return None
     return np.concatenate(actions), total, 1.0, data.next_observations[row]
 
 
-KINDS = ("terminal", "timeout", "both", "break")
+KINDS = ("terminal", "timeout", "both", "break", "goes on", "goes on")
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 9])

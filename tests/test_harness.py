@@ -333,8 +333,12 @@ def test_flags_and_jumps_end_trajectories():
     data = Dataset(here, np.zeros((10, 1)), np.zeros(10), there, np.zeros(10, bool), timeouts, source="made up")
     assert datasets.trajectory_ends(data).tolist() == [5, 10]
     assert datasets.trajectory_ends(dataclasses.replace(data, timeouts=np.zeros(10, bool))).tolist() == [5, 10]
-    kept, _, index = datasets.distinct_states(data, np.array([5, 10]))
+    kept, _, index, last = datasets.distinct_states(data)
     assert np.array_equal(kept, states) and index.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert last.tolist() == [4] * 5 + [10] * 5
+    goal = dataclasses.replace(data, terminals=np.arange(10) == 2)  # the data go on behind it: no state is kept twice
+    assert datasets.trajectory_ends(goal).tolist() == [3, 5, 10]
+    assert all(map(np.array_equal, datasets.distinct_states(goal)[::2], (kept, index)))
 
 
 def test_unflagged_jumps_are_told(capsys):

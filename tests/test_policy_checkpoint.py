@@ -133,9 +133,11 @@ class Code:
     ],
     ids=["text", "empty", "code", "no policy", "a tensor", "numbers", "a list"],
 )
-def test_a_file_that_holds_no_weights(write, tmp_path):
+def test_a_file_that_holds_no_weights(write, tmp_path, monkeypatch, request):
     path = tmp_path / "file.pt"
     write(path)
+    if "numbers" not in request.node.name:  # a dict may be the right one until there is a policy
+        monkeypatch.setattr(script, "set_up", None)  # all others are refused before any data is looked at
     assert "does not fit" in refused(tmp_path, "--policy-checkpoint", path)
     assert [found.name for found in tmp_path.iterdir()] == ["file.pt"]
 

@@ -103,6 +103,7 @@ def test_samples_depend_on_their_own_state_and_noise():
             torch.testing.assert_close(alone, actions[b, i])
     ends = policy.sample(obs, 1, torch.full((4, 1, ACT), 1.0 - 2**-24))  # rounding must not choose a token that is none
     assert ends.abs().max() <= 1
+    assert policy.sample(obs[:0], 3).shape == (0, 3, ACT)  # an online round may have no critic update
 
 
 def test_cross_entropy_against_a_closed_form():

@@ -46,7 +46,7 @@ class RunArgs:
     reward_bias: float = -1.0  # added to every reward so that the best possible one is 0
     reward_min: float = -1.0  # smallest biased reward, 0: the data's; the smallest value is reward_min / (1 - discount)
     discount: float = 0.99  # gamma
-    sparse_reward: bool = True  # a trajectory without success is worth reward_min / (1 - discount) from all its states
+    sparse_reward: bool = True  # a trajectory without success is worth the smallest reward / (1 - discount) throughout
     dataset_source: Literal["auto", "download", "local"] = "auto"  # published data or collected here; auto: if need be
     dataset_path: str = ""  # read the offline data from this file instead: .npz, or the task's own format
     dataset_size: int = 0  # transitions to collect where the data is collected locally, 0: the task's default
@@ -92,6 +92,7 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
         args.num_cloning_steps = 0  # somebody else took them
         if not args.resume and not os.path.isfile(path):
             fail(f"--policy-checkpoint {path}: there is no such file (a run's is the checkpoint.pt in its folder)")
+        load_policy(None, args)
     return args
 
 
@@ -125,11 +126,11 @@ def resumed_args(args_class, folder: str, argv: list[str] | None):
 
 
 def load_policy(policy, args) -> None:
-    """--policy-checkpoint: weights in place of cloning, a state dict's or those that a run's checkpoint.pt samples."""
+    """--policy-checkpoint: weights in place of cloning, a state dict's or a run's; no policy: can they be read?"""
     if (path := args.policy_checkpoint) and not args.resume:  # a resumed run has its own
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            policy.load_state_dict(state["modules"]["ema_policy"] if "modules" in state else state)
+            getattr(policy, "load_state_dict", dict)(state["modules"]["ema_policy"] if "modules" in state else state)
         except Exception as error:  # a damaged file can raise almost anything
             found = textwrap.shorten(str(error), 500) if "state_dict" in str(error) else "no weights that can be read"
             fail(f"--policy-checkpoint {path} does not fit this policy: {found}")

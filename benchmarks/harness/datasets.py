@@ -104,21 +104,21 @@ def say_where_ends_differ(dataset) -> None:
         print(f"{dataset.source}: {timeouts}, {unflagged} jumps between rows that no flag marks; both end a trajectory")
 
 
-def distinct_states(dataset, ends) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def distinct_states(dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Each state once, in order, and which of them each row begins with.
 
-    Returns states (S, O) float32, the action that was taken at each (S, A), NaN at a trajectory's last one, and the
-    index of each row's observation (N,). A row's next observation is the state behind it: within a trajectory, the next
-    row's own.
+    Returns states (S, O) float32, the action that was taken at each (S, A), NaN at a stretch's last one, and of each
+    row (N,) the index of its observation and of its stretch's last action. A stretch goes on over a terminal after
+    which the data do: only a time limit or a jump ends it. A row's next observation is the state behind its own.
     """
-    last = np.isin(np.arange(len(dataset)), ends - 1)
-    obs_index = np.arange(len(dataset)) + np.cumsum(last) - last  # a trajectory has one state more than it has rows
-    states = np.zeros((len(dataset) + len(ends), dataset.observations.shape[1]), np.float32)
+    last = flags_and_jumps(dataset)[1] | dataset.timeouts | (np.arange(len(dataset)) == len(dataset) - 1)
+    obs_index = np.arange(len(dataset)) + np.cumsum(last) - last  # a stretch has one state more than it has rows
+    states = np.zeros((len(dataset) + last.sum(), dataset.observations.shape[1]), np.float32)
     states[obs_index + 1] = dataset.next_observations
     states[obs_index] = dataset.observations
     actions = np.full((len(states), dataset.actions.shape[1]), np.nan, np.float32)
     actions[obs_index] = dataset.actions
-    return states, actions, obs_index
+    return states, actions, obs_index, np.repeat(obs_index[last], np.diff(np.flatnonzero(last), prepend=-1))
 
 
 def fingerprint(dataset) -> str:

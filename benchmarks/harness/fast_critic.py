@@ -1,6 +1,6 @@
 """The same Q and action gradients as a script's plain critic, faster; and work on many states spread over the cores.
 
-A script's `q_and_gradient` recognises a `FrozenCritic` and asks it for both at once; `--plain` leaves this file out.
+A script's `q_and_gradient` recognises a `FrozenCritic` and asks it for both at once; `--plain` does without it.
 """
 
 import contextlib

@@ -22,6 +22,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from benchmarks.tasks import ant_walker
 from benchmarks.tasks.ant_walker import WEIGHTS, load_walker, upright
 from benchmarks.tasks.dataset import (
     Dataset,
@@ -266,6 +267,7 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
     if size < 2 * limit:
         raise TaskError(f"a dataset of {size} transitions is shorter than two episodes ({2 * limit}); ask for more")
     parts = (
+        ant_walker,
         ant_spec,
         soft_contact,
         noisy_ant_state,
@@ -279,7 +281,7 @@ def load_dataset(env_id: str, path=None, size: int | None = None, seed: int = 0,
         _waypoint,
     )
     recipe = "".join(inspect.getsource(part) for part in parts) + file_sha256(WEIGHTS)
-    recipe += f"{PLAY_GOALS} {TRAJECTORY} {CHUNK} {REST}"
+    recipe += f"{PLAY_GOALS} {TRAJECTORY} {CHUNK} {REST} {GOAL_RADIUS} {SUBSTEPS} {CELL} {MAPS}"
     recipe = hashlib.sha256(recipe.encode()).hexdigest()[:8]
     file = cache_dir() / "antmaze-local" / f"{env_id}-{size}-seed{seed}-{recipe}.hdf5"
     with one_at_a_time(file):
