@@ -533,7 +533,7 @@ class ReplayBuffer:
     """Offline transitions, then online ones, as tensors on the device.
 
     A state that ends one transition and begins the next is kept once, in `states`; transitions name states by index. Of
-    each state there is `action_at`, the data's action there, NaN at a trajectory's last one, and `candidates`, the
+    each state there is `action_at`, the data's action there, NaN where it took none, and `candidates`, the
     cache of appendix E, which `refresh_candidates` fills.
 
     With --chunk a transition is a window of so many steps, and `starts` are the rows at which one begins. Of these
