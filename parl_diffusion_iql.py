@@ -564,8 +564,8 @@ def refresh_candidates(policy, buffer, states) -> None:
     """Appendix E's cache: draw anew the candidates of the states given (index of any shape, each state once).
 
     The policy is frozen while the critic trains on a batch of updates, so its candidates at each distinct state are
-    drawn once. After the policy changed, only the states that the coming updates will look at are redrawn: they
-    never see an older policy's, and nothing is drawn that is not used. Those of states never refreshed are zeros.
+    drawn once. After the policy changed, only the states that the coming updates will look at are redrawn, by the
+    policy given: nothing is drawn that is not used. Those of states never refreshed are zeros.
     """
     for index in states.unique().split(4096):
         buffer.candidates[index] = sample_on_all_cores(policy, buffer.states[index], buffer.candidates.shape[1])

@@ -365,13 +365,15 @@ VLA = {
     "openvla-sim/400-episodes-tuning": "the same, the tuning seed",
 }
 ANTMAZE = {
-    "antmaze-umaze-chunk-online": "`antmaze-umaze-v2`",
-    "antmaze-umaze-diverse-chunk-online": "`antmaze-umaze-diverse-v2`, two seeds",
-    "antmaze-medium-diverse-million": "`antmaze-medium-diverse-v2`, two seeds, its own flags",
-    "antmaze-medium-diverse-chunk-online": "`antmaze-medium-diverse-v2`, one seed, the flags of `umaze`",
-    "antmaze-umaze-chunk-two": "`antmaze-umaze-v2`, 2 candidates, offline only",
-    "antmaze-umaze-chunk": "`antmaze-umaze-v2`, 32 candidates, offline only",
-    "antmaze-umaze-diverse-chunk": "`antmaze-umaze-diverse-v2`, 32 candidates, offline only",
+    "antmaze-umaze": "`antmaze-umaze-v2`",
+    "antmaze-umaze-diverse-chunk-online": "`antmaze-umaze-diverse-v2` *",
+    "antmaze-medium-diverse-million": "`antmaze-medium-diverse-v2`, its own flags *",
+    "antmaze-medium-diverse-chunk-online": "`antmaze-medium-diverse-v2`, the flags of `umaze` *",
+    "antmaze-umaze-chunk-two-online": "`antmaze-umaze-v2`, 2 candidates",
+    "antmaze-umaze-chunk-online": "`antmaze-umaze-v2` *",
+    "antmaze-umaze-chunk-two": "`antmaze-umaze-v2`, 2 candidates, offline only *",
+    "antmaze-umaze-chunk": "`antmaze-umaze-v2`, 32 candidates, offline only *",
+    "antmaze-umaze-diverse-chunk": "`antmaze-umaze-diverse-v2`, 32 candidates, offline only *",
 }
 BASELINES = {
     "baselines/parl_gaussian_calql": "PA-RL + Cal-QL with a Gaussian",
