@@ -123,13 +123,12 @@ PRESETS: dict[str, dict] = {
         utd=4.0, num_samples=8, num_keep=2, num_gradient_steps=2, gradient_step_size=0.03),
     # On top of the family's: what two CPU cores train in 20 to 30 minutes. Actions are drawn (equation 4.3): on AntMaze
     # the best of eight by a critic of so few updates failed. Ten times as much distilling online made success fall.
-    "laptop": dict(dataset_size=200_000,
-        num_cloning_steps=10_000, num_online_episodes=30, eval_episodes=50, num_online_evals=1, policy_hidden=128,
-        policy_blocks=2,
-        policy_dropout=0.0, cloning_batch_size=256, policy_lr=1e-3, policy_warmup=500, distill_lr=5e-5, ensemble_size=2,
-        critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128, target_tau=0.02, num_bins=64,
-        num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False,
-        distill_selection="sample", utd=4.0, distill_ratio=0.05, compile="no"),
+    "laptop": dict(
+        dataset_size=200_000, num_cloning_steps=10_000, num_online_episodes=30, eval_episodes=50, num_online_evals=1,
+        policy_hidden=128, policy_blocks=2, policy_dropout=0.0, cloning_batch_size=256, policy_lr=1e-3,
+        policy_warmup=500, distill_lr=5e-5, ensemble_size=2, critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128,
+        target_tau=0.02, num_bins=64, num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001,
+        greedy_rollouts=False, distill_selection="sample", utd=4.0, distill_ratio=0.05, compile="no"),
     "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_hidden=192, num_cloning_steps=12_000, utd=1.0,
         num_online_episodes=160, num_online_evals=4, critic_lr=3e-4, target_tau=0.005, num_samples=8, num_keep=1,
         distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True, distill_selection="greedy"),
