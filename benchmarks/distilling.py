@@ -40,6 +40,7 @@ import tyro
 
 import parl_diffusion_calql as script
 import parl_flow_calql as flow
+from benchmarks.evaluate import set_flags
 from benchmarks.harness.cli import fail
 from benchmarks.harness.datasets import set_up
 from benchmarks.harness.fast_critic import FrozenCritic, sample_on_all_cores
@@ -88,14 +89,8 @@ def load(options: Options):
     known = script.Args.__dataclass_fields__
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
     config |= {"eval_episodes": options.episodes}
-    for flag in options.flags:
-        name, _, value = flag.partition("=")
-        try:
-            kind = {bool: {"True": True, "False": False}.__getitem__, int: int, float: float}[type(config[name])]
-            config[name] = kind(value)
-        except (KeyError, ValueError):
-            fail(f"--flags {flag}: write one as utd=4, the name of a flag that is a number, or True or False")
     args = script.Args(**config)
+    set_flags(args, options.flags)
     device, env, envs, dataset = set_up(args, script.make_env, script.load_dataset)
     state = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
     buffer = script.ReplayBuffer(dataset, args, device)

@@ -1,8 +1,9 @@
-"""A finished run's policy again: on more episodes, on other starts, on another task, or on film.
+"""A finished run's policy again: on more episodes, on other starts, on another task, in another way, or on film.
 
     python -m benchmarks.evaluate runs/<folder>                                # 100 episodes of the optimized policy
     python -m benchmarks.evaluate runs/<folder> --policy cloned --eval-seed 7  # the policy alone, from other starts
     python -m benchmarks.evaluate runs/<folder> --task antmaze-large-play-v2 --video
+    python -m benchmarks.evaluate runs/<folder> --flags num_samples=4 greedy_rollouts=False  # acting in another way
 
 The networks are built, and the actions chosen, by the run's own script: its `main` is called with a harness that reads
 the weights from checkpoint.pt and trains nothing. So this file knows no policy and no critic, and serves every script
@@ -11,6 +12,7 @@ Nothing in the run's folder changes but evaluation.json, which gets one entry mo
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -44,6 +46,7 @@ class Options:
     policy: Literal["optimized", "cloned"] = "optimized"
     video: bool = False  # film three episodes into RUN/videos (pip install moviepy)
     task: str = ""  # another task with the same spaces; empty: the run's
+    flags: tuple[str, ...] = ()  # of the script, over those of the run: --flags num_samples=4 greedy_rollouts=False
     eval_seed: int = -1  # seed of the first episode's start, one more for each; -1: the run's
     device: str = "auto"  # auto: the GPU if there is one
     threads: int = 0  # CPU threads, 0: all cores this process may use
@@ -76,9 +79,22 @@ def load_checkpoint(folder: pathlib.Path) -> dict:
         cli.fail(f"{folder / 'checkpoint.pt'} cannot be read ({(str(error).splitlines() or ['empty'])[0]})")
 
 
+def set_flags(args, flags) -> None:
+    """Put name=value texts into a run's arguments: numbers, True and False. One line where that cannot be."""
+    for text in flags:
+        name, _, value = text.partition("=")
+        name = name.replace("-", "_")
+        try:
+            kind = {bool: {"True": True, "False": False}.__getitem__, int: int, float: float}
+            setattr(args, name, kind[type(getattr(args, name))](value))
+        except (AttributeError, KeyError, ValueError):
+            cli.fail(f"--flags {text}: write one as utd=4, the name of a flag that is a number, or True or False")
+
+
 # --- A HARNESS THAT TRAINS NOTHING: what a script's main asks for, under the names that it imported ---
 def use(options: Options, args) -> None:
     """Put into a run's arguments what is asked for now."""
+    set_flags(args, options.flags)
     args.env_id, args.eval_episodes, args.capture_video = options.task or args.env_id, options.episodes, options.video
     args.eval_seed = args.eval_seed if options.eval_seed < 0 else options.eval_seed
     args.track, args.compile = False, "no"
@@ -106,10 +122,12 @@ def set_up_without_data(args, make_env, load_dataset, options: Options):
     if was != now:
         cli.fail(f"--task {env_id} observes {now[0]} and acts in {now[1]}, but the run's task {args.env_id} observes "
                  f"{was[0]} and acts in {was[1]}: its policy does not fit")  # fmt: skip
+    at_once = args.eval_episodes  # in the run; more environments in one process may not fit into its memory
     use(options, args)
     cli.check_args(args)
     rollouts.check_optional_parts(args, make_env)
-    device, envs = cli.start_torch(args), rollouts.make_vector_env(args, make_env)
+    as_many = dataclasses.replace(args, eval_episodes=min(at_once, args.eval_episodes))
+    device, envs = cli.start_torch(args), rollouts.make_vector_env(as_many, make_env)
     torch.manual_seed(args.eval_seed)  # the same call draws the same
     rows = getattr(args, "chunk", 1)  # a window of one decision
     obs, acted = (np.zeros((rows, *space.shape), np.float32) for space in (env.observation_space, env.action_space))
@@ -195,7 +213,7 @@ def evaluate(options: Options) -> dict:
     low, high = binomtest(successes, options.episodes).proportion_ci(0.95, "wilson")
     entry = {
         "task": args.env_id, "policy": options.policy, "phase": reached, "episodes": options.episodes,
-        "eval_seed": args.eval_seed, "seed": args.seed, "trained_on": config["env_id"],
+        "eval_seed": args.eval_seed, "seed": args.seed, "trained_on": config["env_id"], "flags": list(options.flags),
         "trained_at_commit": config["provenance"]["commit"],
     }  # fmt: skip
     entry |= {name: round(result[name], 6) for name in SCORES} | {"low": round(low, 4), "high": round(high, 4)}

@@ -93,6 +93,28 @@ def test_another_task_with_the_same_spaces(runs):
     assert evaluate.evaluate(evaluate.Options(folder, episodes=2, task="pointmaze-medium-v0", threads=1)) == entry
 
 
+def test_other_flags_are_acted_with_and_noted(runs, monkeypatch):
+    """Candidates asked for, and how one of them is chosen; environments at once no more than in the run."""
+    folder, asked = runs[0][parl_diffusion_calql], []
+    select, measure = parl_diffusion_calql.select_actions, rollouts.evaluate
+    monkeypatch.setattr(
+        parl_diffusion_calql,
+        "select_actions",
+        lambda actions, q, greedy: asked.append((actions.shape[1], greedy)) or select(actions, q, greedy),
+    )
+    monkeypatch.setattr(
+        rollouts, "evaluate", lambda envs, act, run: asked.append(envs.num_envs) or measure(envs, act, run)
+    )
+    options = dict(episodes=3, threads=1)
+    plain = evaluate.evaluate(evaluate.Options(folder, **options))
+    assert asked[0] == 2 and set(asked[1:]) == {(2, True)} and plain["flags"] == []
+    asked.clear()
+    flags = ("num-samples=5", "num_keep=4", "greedy_rollouts=False")
+    entry = evaluate.evaluate(evaluate.Options(folder, flags=flags, **options))
+    assert asked[0] == 2 and set(asked[1:]) == {(4, False)} and entry["flags"] == list(flags)
+    (folder / "evaluation.json").unlink()
+
+
 def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs[0][parl_diffusion_calql], folder)
@@ -106,6 +128,10 @@ def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
     refused("its policy does not fit", task="antmaze-umaze-v2")
     refused("did you mean", task="pointmaze-medum-v0")
     refused("--eval-episodes 0 must be at least 1", episodes=0)
+    for flag in ("nothing=1", "num_samples", "num_samples=x", "greedy_rollouts=1", "runs=x"):
+        refused(f"--flags {flag}: write one as", flags=(flag,))
+    refused("--num-keep 9", flags=("num_keep=9",))
+    refused("does not fit its script", flags=("policy_hidden=16",))
     (folder / "evaluation.json").write_text("{")
     refused("no list of evaluations")
     (folder / "evaluation.json").unlink()
