@@ -135,8 +135,8 @@ PRESETS: dict[str, dict] = {
         num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001, greedy_rollouts=False,
         distill_selection="sample", utd=0.5, distill_ratio=0.05, compile="no"),
     "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_hidden=192, num_cloning_steps=12_000, cql_actions=4,
-        num_offline_steps=20_000, num_online_episodes=60, critic_lr=3e-4, target_tau=0.005, num_samples=16, num_keep=1,
-        distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True, distill_selection="greedy"),  # tuned on the cube
+        num_offline_steps=20_000, num_online_episodes=80, num_online_evals=2, critic_lr=3e-4, target_tau=0.005,
+        num_samples=16, num_keep=16, distill_lr=1e-4, num_gradient_steps=0),  # tuned on the cube, online with flow
 }  # fmt: skip
 
 

@@ -291,7 +291,7 @@ CHUNKED = {
     "parl_diffusion_iql": 32, "parl_diffusion_calql": 16, "parl_flow_calql": 16, "parl_diffusion_rlpd": 8,
     "parl_transformer_calql": 8,
 }  # fmt: skip
-DRAWING = ("parl_flow_calql",)  # act by draws of equation 4.3 from all samples
+DRAWING = ("parl_diffusion_calql", "parl_flow_calql")  # act by draws of equation 4.3 from all samples
 
 
 @pytest.mark.parametrize(("name", "num_samples"), CHUNKED.items())
