@@ -81,12 +81,12 @@ def load_checkpoint(folder: pathlib.Path) -> dict:
 
 def set_flags(args, flags) -> None:
     """Put name=value texts into a run's arguments: numbers, True and False. One line where that cannot be."""
+    read = {bool: {"True": True, "False": False}.__getitem__, int: int, float: float}
     for text in flags:
         name, _, value = text.partition("=")
         name = name.replace("-", "_")
         try:
-            kind = {bool: {"True": True, "False": False}.__getitem__, int: int, float: float}
-            setattr(args, name, kind[type(getattr(args, name))](value))
+            setattr(args, name, read[type(getattr(args, name))](value))
         except (AttributeError, KeyError, ValueError):
             cli.fail(f"--flags {text}: write one as utd=4, the name of a flag that is a number, or True or False")
 
