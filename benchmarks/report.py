@@ -348,6 +348,7 @@ CUBE_MORE = CUBE | {
     "cube-single-chunk/rlpd_gaussian": "RLPD, Gaussian (not tuned)",
     "cube-single-chunk/filtered_bc": "iterated filtered cloning",
     "cube-single-chunk/flow-best": "PA-RL + Cal-QL, flow policy, the best candidate acts and is taught",
+    "cube-single-chunk/calql-best": "PA-RL + Cal-QL, the best candidate acts and is taught",
     "cube-single-chunk/rlpd-draws": "PA-RL + RLPD, draws act and are taught",
     "cube-single-chunk/rlpd-220": "PA-RL + RLPD, more episodes",
     "cube-single-chunk/iql-20000": "PA-RL + IQL, half the offline updates, the best candidate taught",
