@@ -136,8 +136,7 @@ PRESETS: dict[str, dict] = {
         distill_ratio=0.05, compile="no"),
     "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_width=64, cloning_batch_size=128, policy_lr=1e-3,
         num_cloning_steps=12_000, cql_actions=4, num_offline_steps=20_000, num_online_episodes=60, critic_lr=3e-4,
-        target_tau=0.005, num_samples=8, num_keep=1, distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True,
-        distill_selection="greedy"),
+        num_online_evals=2, target_tau=0.005, num_samples=8, num_keep=8, distill_lr=1e-4, num_gradient_steps=0),
 }  # fmt: skip
 
 

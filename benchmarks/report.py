@@ -340,7 +340,7 @@ CUBE = {
     "cube-single-chunk/diffusion-calql": "PA-RL + Cal-QL",
     "cube-single-chunk/transformer-calql": "PA-RL + Cal-QL, transformer",
     "cube-single-chunk/diffusion-rlpd": "PA-RL + RLPD",
-    "cube-single-chunk": "PA-RL + IQL",
+    "cube-single-chunk/diffusion-iql": "PA-RL + IQL",
     "cube-single-chunk/idql": "for comparison: IDQL",
     "cube-single-chunk/calql_gaussian": "Cal-QL, Gaussian (not tuned)",
 }
@@ -349,6 +349,8 @@ CUBE_MORE = CUBE | {
     "cube-single-chunk/filtered_bc": "iterated filtered cloning",
     "cube-single-chunk/flow-best": "PA-RL + Cal-QL, flow policy, the best candidate acts and is taught",
     "cube-single-chunk/calql-best": "PA-RL + Cal-QL, the best candidate acts and is taught",
+    "cube-single-chunk/transformer-best": "PA-RL + Cal-QL, transformer, the best candidate acts and is taught",
+    "cube-single-chunk/iql-best": "PA-RL + IQL, the best candidate acts, draws from the 8 best are taught",
     "cube-single-chunk/rlpd-draws": "PA-RL + RLPD, draws act and are taught",
     "cube-single-chunk/rlpd-220": "PA-RL + RLPD, more episodes",
     "cube-single-chunk/iql-20000": "PA-RL + IQL, half the offline updates, the best candidate taught",
