@@ -202,6 +202,19 @@ def test_every_number_has_bounds(script):
         cli.check_args(script.Args(**preset))
 
 
+def test_products_are_as_precise_as_asked():
+    """Also where the run before in this process asked for another precision; the least leaves products near."""
+    assert calql.Args().matmul_precision == "highest"
+    left, right, products = torch.rand(64, 64), torch.rand(64, 64), {}
+    for precision in ("medium", "highest"):
+        flags = f"--matmul-precision {precision} --num-gradient-steps 0 --threads 1".split()
+        cli.start_torch(cli.parse_args(calql.Args, calql.PRESETS, flags))
+        assert torch.get_float32_matmul_precision() == precision
+        products[precision] = left @ right
+    assert torch.allclose(products["highest"], (left.double() @ right.double()).float(), rtol=1e-5)
+    assert torch.allclose(products["medium"], products["highest"], rtol=0.01)
+
+
 @pytest.mark.parametrize("flags", ["--device cuda:99", "--device abacus", "--seed -1", "--seed 4294967296", "--utd -1"])
 def test_values_that_cannot_work(flags, tmp_path):
     assert flags.split()[0] in error_of(calql, *TOY, *flags.split(), "--runs", str(tmp_path))

@@ -89,6 +89,7 @@ def test_every_variant_runs(script, flags, tmp_path):
         ("--num-keep 20 --num-samples 16", ("--num-keep 20", "--num-samples (16)")),
         ("--discount 1.0", ("--discount",)),
         ("--batch-size 0", ("--batch-size",)),
+        ("--matmul-precision medium --num-gradient-steps 1", ("--matmul-precision medium", "--num-gradient-steps 0")),
         ("--preset nonsense", ("nonsense", "antmaze")),
         ("--dataset-path /nowhere.npz", ("/nowhere.npz",)),
         ("--resume /nowhere", ("/nowhere",)),

@@ -29,6 +29,7 @@ class RunArgs:
     seed: int = 1  # seed of everything but the dataset
     device: str = "auto"  # auto: the GPU if there is one
     threads: int = 0  # CPU threads, 0: all cores this process may use
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # as torch names it; less: ranking alone (T = 0)
     compile: Literal["auto", "yes", "no"] = "auto"  # compile the updates, which takes a minute or two; auto: on a GPU
     plain: bool = False  # rank and climb with the script's own critic, not harness/fast_critic.py: the same, slower
     runs: str = "runs"  # folder in which the run's folder is made
@@ -97,10 +98,9 @@ def parse_args(args_class, presets: dict[str, dict], argv: list[str] | None = No
 
 
 # What a resumed run may change: where things lie and how it is watched, not what is learned.
-FREE = {
-    "track", "wandb_project", "capture_video", "checkpoint_seconds", "device", "threads", "eval_processes", "runs",
-    "dataset_path", "dataset_source", "compile", "serve", "serve_host", "ray", "num_cache_workers",
-    "robot_host", "robot_port", "robot_node"}  # fmt: skip
+FREE = {"track", "wandb_project", "capture_video", "checkpoint_seconds", "device", "threads", "eval_processes", "runs",
+        "dataset_path", "dataset_source", "compile", "serve", "serve_host", "ray", "num_cache_workers",
+        "robot_host", "robot_port", "robot_node"}  # fmt: skip
 
 
 def resumed_args(args_class, folder: str, argv: list[str] | None):
@@ -169,6 +169,8 @@ def check_args(args) -> None:
             fail(f"{flag(name)} {' '.join(map(str, values))} must be at least {least} and at most {most}{why}")
     if hasattr(args, "policy_heads") and args.policy_width % args.policy_heads:
         fail(f"--policy-heads {args.policy_heads} must divide --policy-width ({args.policy_width})")
+    if args.matmul_precision != "highest" and getattr(args, "num_gradient_steps", 0):  # it compares nearly equal Q
+        fail(f"--matmul-precision {args.matmul_precision} is too coarse to climb: add --num-gradient-steps 0")
 
 
 def flag(name: str) -> str:
@@ -207,11 +209,10 @@ def run_program(main) -> None:
 def in_one_line(error: Exception, path: pathlib.Path) -> str:
     """What was raised, and where the full report is, which is written there."""
     message = (str(error).strip().splitlines() or ["no message"])[0]
-    try:
+    with contextlib.suppress(OSError):
         path.write_text("".join(traceback.format_exception(error)))
-    except OSError:
-        return f"{type(error).__name__}: {message}"
-    return f"{type(error).__name__}: {message} (full report: {path})"
+        message += f" (full report: {path})"
+    return f"{type(error).__name__}: {message}"
 
 
 def available_cores() -> int:
@@ -222,7 +223,7 @@ def available_cores() -> int:
 def start_torch(args) -> torch.device:
     """Threads, seed and memory as the run wants them; returns the device."""
     torch.set_num_threads(args.threads or available_cores())
-    torch.set_float32_matmul_precision("highest")  # local_optimization compares nearly equal numbers
+    torch.set_float32_matmul_precision(args.matmul_precision)
     keep_freed_memory()
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:

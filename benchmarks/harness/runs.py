@@ -225,8 +225,7 @@ class Run:
             if not math.isfinite(value):
                 fail(f"{name} became {value} {where}; {kept}")
             # a tenth of the range is allowed for: regression overshoots a little without diverging
-            is_value = name in ("q_data", "q_random", "q_optimized", "target_q")
-            if is_value and not 1.1 * q_min <= value <= -0.1 * q_min:
+            if name in ("q_data", "q_random", "q_optimized", "target_q") and not 1.1 * q_min <= value <= -0.1 * q_min:
                 fail(f"{name} is {value:.4g} {where}, outside its possible range [{q_min:.4g}, 0]; {kept}")
 
     def evaluate(self, label: str, envs, act, final: bool = False) -> None:
