@@ -8,6 +8,7 @@
     python benchmarks/speed.py --script parl_openvla_real --case tiny    # its own cases, see vla/timing.py
     python benchmarks/speed.py --profile "critic update"                 # what that phase spends its time on
     python benchmarks/speed.py --against ../before --phase acting        # was it worth it? this checkout and another
+    python benchmarks/speed.py --case cube --against . --matmul-precision medium   # and bfloat16, against float32
 
 The peak is measured in the same run, between the phases: the best rate of square float32 `torch.mm`s, since a shared
 machine's peak changes by the minute. Where "cpu use" (CPU time over time and threads) is far below 1 on a CPU,
@@ -53,6 +54,7 @@ import tempfile  # noqa: E402
 from collections.abc import Callable, Iterable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
+from typing import Literal  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -86,6 +88,7 @@ CASES: dict[str, dict] = {
     ),
     "quickstart": dict(preset="pointmaze", obs_dim=4, action_dim=2, fields={}, cloning=(), release={}),
     "kitchen": dict(preset="kitchen", obs_dim=59, action_dim=9, fields={}, cloning=(), release={}),
+    "cube": dict(preset="laptop-chunk", obs_dim=28, action_dim=5, fields={}, cloning=(), release={}),
 }  # fmt: skip
 VLA, VLA_CASES = "parl_openvla_real", ("tiny", "openvla-7b")
 
@@ -107,6 +110,7 @@ class Options:
     profile: str = ""  # instead of the table: where the time goes in the phases that have this in their names
     json: str = ""  # write the measurements to this file as well
     compile: bool = False  # time the updates as the script's --compile yes makes them
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # the scripts' flag; --against is at the highest
 
 
 # --- WHAT IS MEASURED ---
@@ -344,13 +348,20 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def arguments(script, case: dict, device):
-    """The script's Args of a case; what it has no flag for is left out."""
+def arguments(script, case: dict, options: Options, device):
+    """The script's Args of a case; what it has no flag for is left out. Sets the precision of matrix products."""
+    torch.set_float32_matmul_precision(options.matmul_precision)
     if case["preset"] not in script.PRESETS:
         fail(f"{script.__name__} has no preset {case['preset']!r}; it has {', '.join(script.PRESETS)}")
     known = {field.name for field in dataclasses.fields(script.Args)}
-    fields = {name: value for name, value in case["fields"].items() if name in known}
-    return script.Args(**script.PRESETS[case["preset"]] | fields | {"preset": case["preset"], "device": str(device)})
+    fields = case["fields"] | {"matmul_precision": options.matmul_precision}
+    fields = {name: value for name, value in fields.items() if name in known}
+    below = script.PRESETS["laptop"] if case["preset"].startswith("laptop") else {}
+    preset = below | script.PRESETS[case["preset"]]
+    args = script.Args(**preset | fields | {"preset": case["preset"], "device": str(device)})
+    if options.matmul_precision != "highest" and args.num_gradient_steps:
+        fail(f"--matmul-precision {options.matmul_precision} is for what only ranks, as --case cube; this case climbs")
+    return args
 
 
 def steps_of_round(args, case: dict, seconds: float, peak: float) -> int:
@@ -364,7 +375,7 @@ def steps_of_round(args, case: dict, seconds: float, peak: float) -> int:
 def measure(options: Options, case: dict, device) -> dict:
     """All phases of one case."""
     script = load_script(options.script)
-    args = arguments(script, case, device)
+    args = arguments(script, case, options, device)
     torch.manual_seed(0)
     net = build(script, args, case["obs_dim"], case["action_dim"], device)
     if options.compile:
@@ -431,7 +442,8 @@ def compare(options: Options, device) -> dict:
     ]
     try:
         this = ask(sides[0], start | {"root": str(roots[0]), "steps": 0})
-        other = ask(sides[1], start | {"root": str(roots[1]), "steps": this["steps"]})
+        plain = vars(options) | {"matmul_precision": "highest"}
+        other = ask(sides[1], start | {"options": plain, "root": str(roots[1]), "steps": this["steps"]})
         result["settings_that_differ"] = differences(this["settings"], other["settings"])
         print_heading(result, case)
         for name in named(options.phase, this["phases"] | other["phases"]):
@@ -523,7 +535,7 @@ def serve() -> None:
     case, there, missing, last = case_of(options)[1], {}, "", None
     try:
         script = load_script(options.script, pathlib.Path(start["root"]), ("Args", "PRESETS"))
-        args = arguments(script, case, device)
+        args = arguments(script, case, options, device)
     except (Exception, SystemExit) as error:  # whatever another checkout's script does when it is imported
         return answer(error=in_a_line(error))
     try:
@@ -583,7 +595,7 @@ def profile(options: Options, case: dict, device, rows: int = 12) -> None:
     slower, so what consists of many small ones looks slower than it is. On a GPU this is the time spent on launching.
     """
     script = load_script(options.script)
-    args = arguments(script, case, device)
+    args = arguments(script, case, options, device)
     torch.manual_seed(0)
     net = build(script, args, case["obs_dim"], case["action_dim"], device)
     there = {phase.name: phase for phase in phases(script, net, args, case, steps=1)}
@@ -707,7 +719,7 @@ def check_options(options: Options) -> torch.device:
     """Refuse what cannot be measured; returns the device."""
     if options.script == VLA:
         others = options.preset, options.phase, options.against, options.profile, options.compile
-        if any(others) or options.case not in VLA_CASES:
+        if any(others) or options.matmul_precision != "highest" or options.case not in VLA_CASES:
             fail(f"{VLA} has cases of its own, --case {' or '.join(VLA_CASES)}, and no other options")
         options = dataclasses.replace(options, case="")
     if options.case and options.preset:
@@ -752,7 +764,8 @@ def run_all(options: Options) -> list[dict]:
             file = pathlib.Path(folder) / f"{name}.json"
             flags = ["--script", options.script, "--case", name, "--device", options.device, "--json", str(file),
                      "--threads", str(options.threads), "--seconds", str(options.seconds),
-                     "--phase", options.phase, *(["--compile"] if options.compile else [])]  # fmt: skip
+                     "--phase", options.phase, "--matmul-precision", options.matmul_precision,
+                     *(["--compile"] if options.compile else [])]  # fmt: skip
             code = subprocess.run([sys.executable, __file__, *flags]).returncode
             if code:
                 raise SystemExit(code)

@@ -19,6 +19,7 @@ import parl_diffusion_iql
 import parl_diffusion_rlpd
 import parl_transformer_calql
 from benchmarks import speed
+from benchmarks.harness import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OBS, ACT = 5, 3
@@ -356,6 +357,21 @@ def test_against_another_checkout(main, tmp_path, monkeypatch):
     assert "update    1.00 s    2.00 s           2.00    2.00 2.00 2.00      5" in output
     assert output.count("not there in") == 3 and "hello" not in output
     assert not list(tmp_path.rglob("__pycache__"))
+
+
+@pytest.mark.parametrize("script", [script, parl_diffusion_iql, parl_diffusion_rlpd, parl_transformer_calql])
+def test_the_cube_case_is_what_a_run_has(script):
+    """laptop-chunk over laptop over the family, at the precision asked for, and less is refused to what climbs."""
+    options = speed.Options(case="cube", matmul_precision="medium")
+    flags = "--env-id cube-single-play-singletask-v0 --preset laptop-chunk --device cpu --matmul-precision medium"
+    theirs = vars(cli.parse_args(script.Args, script.PRESETS, flags.split()))
+    ours = vars(speed.arguments(script, speed.CASES["cube"], options, "cpu"))
+    assert torch.get_float32_matmul_precision() == "medium"
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"env_id", "runs", "reward_bias", "reward_min"}
+    with pytest.raises(SystemExit, match="for what only ranks"):
+        speed.arguments(script, speed.CASES["quickstart"], options, "cpu")
+    speed.arguments(script, speed.CASES["cube"], speed.Options(), "cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_against_what_cannot_be_measured(main, tmp_path, monkeypatch):
