@@ -65,6 +65,7 @@ class Args(RunArgs):
     policy_hidden: int = 256  # width of the policy's residual blocks (4 x inside)
     policy_blocks: int = 3  # residual blocks
     policy_dropout: float = 0.1  # in the residual blocks, when training
+    clip_steps: bool = True  # to [-1, 1] after each denoising step (release), which narrows; no: after the last
     cloning_batch_size: int = 1024  # of the paper; 256 in the release
     policy_lr: float = 3e-4  # Adam, cloning: warm-up, then cosine decay
     policy_warmup: int = 2_000  # updates of warm-up
@@ -158,14 +159,14 @@ class ResidualBlock(nn.Module):
 class DiffusionPolicy(nn.Module):
     """A conditional DDPM over actions in [-1, 1]^A (section 3; IDQL's network, appendix B.1)."""
 
-    def __init__(self, obs_dim, action_dim, num_steps=5, hidden=256, blocks=3, time_dim=128, dropout=0.1):
+    def __init__(self, obs_dim, action_dim, num_steps=5, hidden=256, blocks=3, time_dim=128, dropout=0.1, clip=True):
         super().__init__()
-        self.obs_dim, self.action_dim, self.num_steps = obs_dim, action_dim, num_steps
+        self.obs_dim, self.action_dim, self.num_steps, self.clip = obs_dim, action_dim, num_steps, clip
         self.width = 4 * hidden  # floats of a sample's largest activation
         self.frequencies = nn.Parameter(0.2 * torch.randn(time_dim // 2))  # learnable Fourier features of the step
         self.time1, self.time2 = nn.Linear(time_dim, 2 * time_dim), nn.Linear(2 * time_dim, time_dim)
         self.first = nn.Linear(time_dim + obs_dim + action_dim, hidden)
-        self.blocks = nn.ModuleList(ResidualBlock(hidden, dropout) for _ in range(blocks))
+        self.blocks = nn.Sequential(*(ResidualBlock(hidden, dropout) for _ in range(blocks)))
         self.last = nn.Linear(hidden, action_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -183,9 +184,7 @@ class DiffusionPolicy(nn.Module):
     def predict_noise(self, obs_and_time, noisy_actions):
         """epsilon_phi(a_t, s, t). obs_and_time: the sum of the two `first_layer_parts`."""
         x = obs_and_time + noisy_actions @ self.first.weight[:, -self.action_dim :].T
-        for block in self.blocks:
-            x = block(x)
-        return self.last(F.silu(x))
+        return self.last(F.silu(self.blocks(x)))
 
     def first_layer_parts(self, obs):
         """What the first layer makes of the observations (B, hidden) and of each step (K, hidden).
@@ -212,7 +211,7 @@ class DiffusionPolicy(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs, num_samples, noise=None):
-        """Draw actions by the denoising chain, clipped to [-1, 1] after every step (release).
+        """Draw actions by the denoising chain, clipped to [-1, 1] after every step (release), or after the last.
 
         obs (B, O), num_samples n per state -> actions (B, n, A). noise (B, K + 1, n, A) standard normal: the first is
         a_K, the last is not used; None: drawn here.
@@ -224,7 +223,8 @@ class DiffusionPolicy(nn.Module):
             epsilon = self.predict_noise((obs_part + time_parts[t])[:, None], actions)
             alpha, alpha_bar, beta = self.alphas[t], self.alpha_bars[t], self.betas[t]
             actions = (actions - (1 - alpha) / (1 - alpha_bar).sqrt() * epsilon) / alpha.sqrt()
-            actions = (actions + beta.sqrt() * noise[i + 1] if t > 0 else actions).clamp(-1, 1)
+            actions = actions + beta.sqrt() * noise[i + 1] if t > 0 else actions
+            actions = actions.clamp(-1, 1) if self.clip or t == 0 else actions
         return actions
 
 
@@ -628,7 +628,7 @@ def main(argv: list[str] | None = None) -> None:
     obs_dim, action_dim = env.observation_space.shape[0], args.chunk * env.action_space.shape[0]
     buffer = ReplayBuffer(dataset, args, device)
     sizes = args.diffusion_steps, args.policy_hidden, args.policy_blocks
-    policy = DiffusionPolicy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout).to(device)
+    policy = DiffusionPolicy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout, clip=args.clip_steps).to(device)
     load_policy(policy, args)  # if there is a --policy-checkpoint
     ema_policy = copy.deepcopy(policy).requires_grad_(False).eval()  # the one that is sampled
     num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)

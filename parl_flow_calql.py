@@ -168,7 +168,7 @@ class FlowPolicy(nn.Module):
         self.frequencies = nn.Parameter(torch.randn(time_dim // 2))  # learnable Fourier features of t (our choice)
         self.time1, self.time2 = nn.Linear(time_dim, 2 * time_dim), nn.Linear(2 * time_dim, time_dim)
         self.first = nn.Linear(time_dim + obs_dim + action_dim, hidden)
-        self.blocks = nn.ModuleList(ResidualBlock(hidden, dropout) for _ in range(blocks))
+        self.blocks = nn.Sequential(*(ResidualBlock(hidden, dropout) for _ in range(blocks)))
         self.last = nn.Linear(hidden, action_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -183,9 +183,7 @@ class FlowPolicy(nn.Module):
     def velocity(self, obs_and_time, x):
         """v_phi(x_t, s, t). obs_and_time: the sum of the two `first_layer_parts`."""
         x = obs_and_time + x @ self.first.weight[:, -self.action_dim :].T
-        for block in self.blocks:
-            x = block(x)
-        return self.last(F.silu(x))
+        return self.last(F.silu(self.blocks(x)))
 
     def first_layer_parts(self, obs, t):
         """What the first layer makes of the observations (B, hidden) and of the times t (T,): (T, hidden).

@@ -96,7 +96,8 @@ def load(options: Options):
     buffer = script.ReplayBuffer(dataset, args, device)
     obs_dim, action_dim = buffer.states.shape[1], buffer.candidates.shape[2]
     sizes = args.diffusion_steps, args.policy_hidden, args.policy_blocks
-    policy = script.DiffusionPolicy(obs_dim, action_dim, *sizes, dropout=args.policy_dropout).to(device)
+    how = dict(dropout=args.policy_dropout, clip=args.clip_steps)
+    policy = script.DiffusionPolicy(obs_dim, action_dim, *sizes, **how).to(device)
     num_bins, q_min = args.num_bins if args.critic_loss == "hl_gauss" else 1, args.reward_min / (1 - args.discount)
     critic = script.Critic(obs_dim, action_dim, args.critic_hidden, args.ensemble_size, num_bins, q_min).to(device)
     policy.load_state_dict(state["modules"]["policy"])

@@ -936,6 +936,26 @@ def test_samples_depend_on_their_own_state_and_noise():
     assert len(drawn.unique(dim=0)) > 100
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_where_the_chain_is_clipped(clip, monkeypatch):
+    """Data from N(0.5, 0.3^2) and its exact denoiser: clipped at its end only, the chain keeps the data's mean and most
+    of its spread; after each step, as in the release and by default, less of both. Either way it stays in the box."""
+    policy = script.DiffusionPolicy(OBS, 1, 5, 16, 1, 8, clip=clip)
+    assert script.Args().clip_steps and script.DiffusionPolicy(OBS, 1).clip
+
+    def denoiser(step, noisy):  # E[noise | noisy] of that Gaussian
+        alpha_bar = policy.alpha_bars[step.long()]
+        return (1 - alpha_bar).sqrt() * (noisy - 0.5 * alpha_bar.sqrt()) / (0.09 * alpha_bar + 1 - alpha_bar)
+
+    steps = torch.arange(5.0)[:, None]
+    monkeypatch.setattr(policy, "first_layer_parts", lambda obs: (torch.zeros(len(obs), 1), steps))
+    monkeypatch.setattr(policy, "predict_noise", denoiser)
+    actions = policy.sample(torch.randn(100, OBS), 400)
+    assert actions.abs().max() <= 1
+    mean, spread = actions.mean().item(), actions.std().item()
+    assert mean < 0.475 and spread < 0.25 if clip else 0.485 < mean < 0.505 and spread > 0.26
+
+
 def test_diffusion_loss_draws_steps_and_noise(monkeypatch):
     """Steps uniform over all K; and noise standard normal: a network that predicts 0 has loss E|noise|^2 = A."""
     policy = script.DiffusionPolicy(OBS, ACT, 5, 16, 1, 8, dropout=0.0)
