@@ -20,7 +20,7 @@ import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -80,15 +80,16 @@ def load_checkpoint(folder: pathlib.Path) -> dict:
 
 
 def set_flags(args, flags) -> None:
-    """Put name=value texts into a run's arguments: numbers, True and False. One line where that cannot be."""
+    """Put name=value texts into a run's arguments: numbers, True, False, words of a few. One line if it cannot be."""
     read = {bool: {"True": True, "False": False}.__getitem__, int: int, float: float}
+    words = {field.name: get_args(field.type) for field in dataclasses.fields(args)}
     for text in flags:
         name, _, value = text.partition("=")
         name = name.replace("-", "_")
         try:
-            setattr(args, name, read[type(getattr(args, name))](value))
+            setattr(args, name, value if value in words[name] else read[type(getattr(args, name))](value))
         except (AttributeError, KeyError, ValueError):
-            cli.fail(f"--flags {text}: write one as utd=4, the name of a flag that is a number, or True or False")
+            cli.fail(f"--flags {text}: write one as utd=4: a flag that is a number, True or False, or one of a few words")
 
 
 # --- A HARNESS THAT TRAINS NOTHING: what a script's main asks for, under the names that it imported ---

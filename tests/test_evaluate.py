@@ -128,9 +128,10 @@ def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
     refused("its policy does not fit", task="antmaze-umaze-v2")
     refused("did you mean", task="pointmaze-medum-v0")
     refused("--eval-episodes 0 must be at least 1", episodes=0)
-    for flag in ("nothing=1", "num_samples", "num_samples=x", "greedy_rollouts=1", "runs=x"):
+    for flag in ("nothing=1", "num_samples", "num_samples=x", "greedy_rollouts=1", "runs=x", "compile=maybe"):
         refused(f"--flags {flag}: write one as", flags=(flag,))
     refused("--num-keep 9", flags=("num_keep=9",))
+    refused("too coarse to climb", flags=("matmul_precision=medium", "num_gradient_steps=1"))  # a word, and taken
     refused("does not fit its script", flags=("policy_hidden=16",))
     (folder / "evaluation.json").write_text("{")
     refused("no list of evaluations")
