@@ -89,7 +89,7 @@ def set_flags(args, flags) -> None:
         try:
             setattr(args, name, value if value in words[name] else read[type(getattr(args, name))](value))
         except (AttributeError, KeyError, ValueError):
-            cli.fail(f"--flags {text}: write one as utd=4: flags of numbers, of True or False, or of few words")
+            cli.fail(f"--flags {text}: write one as utd=4: a number, True or False, or one of the flag's words")
 
 
 # --- A HARNESS THAT TRAINS NOTHING: what a script's main asks for, under the names that it imported ---
