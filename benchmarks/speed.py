@@ -356,9 +356,9 @@ def arguments(script, case: dict, options: Options, device):
     known = {field.name for field in dataclasses.fields(script.Args)}
     fields = case["fields"] | {"matmul_precision": options.matmul_precision}
     fields = {name: value for name, value in fields.items() if name in known}
-    below = script.PRESETS["laptop"] if case["preset"].startswith("laptop") else {}
-    preset = below | script.PRESETS[case["preset"]]
-    args = script.Args(**preset | fields | {"preset": case["preset"], "device": str(device)})
+    below = script.PRESETS["laptop"] if case["preset"].startswith("laptop") else {}  # as parse_args lays them
+    fields = below | script.PRESETS[case["preset"]] | fields
+    args = script.Args(**fields | {"preset": case["preset"], "device": str(device)})
     if options.matmul_precision != "highest" and args.num_gradient_steps:
         fail(f"--matmul-precision {options.matmul_precision} is for what only ranks, as --case cube; this case climbs")
     return args
