@@ -348,6 +348,7 @@ CUBE_MORE = CUBE | {
     "cube-single-chunk/rlpd_gaussian": "RLPD, Gaussian (not tuned)",
     "cube-single-chunk/filtered_bc": "iterated filtered cloning",
     "cube-single-chunk/flow-best": "PA-RL + Cal-QL, flow policy, the best candidate acts and is taught",
+    "cube-single-chunk/calql-narrow": "PA-RL + Cal-QL, narrower policy, half the cloning",
     "cube-single-chunk/calql-best": "PA-RL + Cal-QL, the best candidate acts and is taught",
     "cube-single-chunk/transformer-best": "PA-RL + Cal-QL, transformer, the best candidate acts and is taught",
     "cube-single-chunk/iql-best": "PA-RL + IQL, the best candidate acts, draws from the 8 best are taught",

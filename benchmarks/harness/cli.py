@@ -170,7 +170,7 @@ def check_args(args) -> None:
     if hasattr(args, "policy_heads") and args.policy_width % args.policy_heads:
         fail(f"--policy-heads {args.policy_heads} must divide --policy-width ({args.policy_width})")
     if args.matmul_precision != "highest" and getattr(args, "num_gradient_steps", 0):  # it compares nearly equal Q
-        fail(f"--matmul-precision {args.matmul_precision} is too coarse to climb: add --num-gradient-steps 0")
+        fail(f"--matmul-precision {args.matmul_precision} is too coarse to climb: highest, or --num-gradient-steps 0")
 
 
 def flag(name: str) -> str:
