@@ -137,7 +137,7 @@ PRESETS: dict[str, dict] = {
         distill_selection="sample", utd=0.5, distill_ratio=0.05, compile="no"),
     "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_hidden=256, num_cloning_steps=24_000, cql_actions=4,
         num_offline_steps=20_000, num_online_episodes=80, num_online_evals=2, critic_lr=3e-4, target_tau=0.005,
-        num_samples=16, num_keep=16, distill_lr=1e-4, num_gradient_steps=0, matmul_precision="medium"),  # tuned on the cube
+        num_samples=16, num_keep=16, distill_lr=1e-4, num_gradient_steps=0, matmul_precision="medium"),  # for the cube
 }  # fmt: skip
 
 

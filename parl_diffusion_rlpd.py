@@ -130,9 +130,9 @@ PRESETS: dict[str, dict] = {
         policy_warmup=500, distill_lr=5e-5, ensemble_size=2, critic_hidden=(256, 256), critic_lr=5e-4, batch_size=128,
         target_tau=0.02, num_bins=64, num_samples=4, num_keep=4, num_gradient_steps=1, gradient_step_size=0.001,
         greedy_rollouts=False, distill_selection="sample", utd=4.0, distill_ratio=0.05, compile="no"),
-    "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_hidden=192, num_cloning_steps=12_000, utd=1.0,
-        num_online_episodes=160, num_online_evals=4, critic_lr=3e-4, target_tau=0.005, num_samples=8, num_keep=1,
-        distill_lr=1e-4, num_gradient_steps=0, greedy_rollouts=True, distill_selection="greedy"),
+    "laptop-chunk": dict(chunk=5, dataset_size=100_000, policy_hidden=256, num_cloning_steps=24_000, utd=1.0,
+        num_online_episodes=160, num_online_evals=4, critic_lr=3e-4, target_tau=0.005, num_samples=8, num_keep=8,
+        distill_lr=1e-4, num_gradient_steps=0, matmul_precision="medium"),
 }  # fmt: skip
 
 

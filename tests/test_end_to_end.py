@@ -291,7 +291,6 @@ CHUNKED = {
     "parl_diffusion_iql": 32, "parl_diffusion_calql": 16, "parl_flow_calql": 16, "parl_diffusion_rlpd": 8,
     "parl_transformer_calql": 8,
 }  # fmt: skip
-BY_THE_BEST = ("parl_diffusion_rlpd",)  # the others act by draws of equation 4.3 from all samples
 
 
 @pytest.mark.parametrize(("name", "num_samples"), CHUNKED.items())
@@ -301,7 +300,7 @@ def test_the_preset_with_chunks_lies_on_the_laptops_and_on_the_familys(name, num
     args = cli.parse_args(one.Args, one.PRESETS, flags)
     assert (args.chunk, args.preset, args.reward_bias, args.ensemble_size) == (5, "laptop-chunk", 0.0, 2)
     assert (args.num_samples, args.num_gradient_steps) == (num_samples, 0)
-    assert args.greedy_rollouts == (name in BY_THE_BEST) and (args.greedy_rollouts or args.num_keep == num_samples)
+    assert (args.greedy_rollouts, args.distill_selection, args.num_keep) == (False, "sample", num_samples)
     assert cli.parse_args(one.Args, one.PRESETS, [*flags[:3], "laptop"]).chunk == 1
 
 
